@@ -1,0 +1,43 @@
+"""Zarr in, a metered Triton endpoint out.
+
+Importing this package imports nothing else; each public name is loaded when it is first used (PEP 562).
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gpuops.data.datamodule import ZarrDataModule as ZarrDataModule
+    from gpuops.data.ingest import ingest as ingest
+    from gpuops.data.source import open as open
+    from gpuops.export import export as export
+    from gpuops.export.formats import load_bundle as load_bundle
+    from gpuops.preprocess.steps import Preprocess as Preprocess
+    from gpuops.training.callbacks import EnergyCallback as EnergyCallback
+    from gpuops.training.callbacks import LineageCallback as LineageCallback
+
+_HOME = {
+    "EnergyCallback": "gpuops.training.callbacks",
+    "LineageCallback": "gpuops.training.callbacks",
+    "Preprocess": "gpuops.preprocess.steps",
+    "ZarrDataModule": "gpuops.data.datamodule",
+    "export": "gpuops.export",
+    "ingest": "gpuops.data.ingest",
+    "load_bundle": "gpuops.export.formats",
+    "open": "gpuops.data.source",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'gpuops' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
