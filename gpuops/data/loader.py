@@ -1,0 +1,109 @@
+"""The iterable that training takes batches from: an order, a reader and the declared preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpuops.data.order import Order
+from gpuops.data.reader import Reader, Slot, Stored
+from gpuops.data.sample import Ids
+from gpuops.errors import IntegrityError
+from gpuops.preprocess.module import PreprocessModule
+
+Batch = dict[str, Any]
+"""`{"inputs": {name: Tensor}, "targets": {name: Tensor}, "id": int64 [n], "valid": bool [n]}`."""
+
+
+class ZarrLoader:
+    """Batches of one data-parallel rank, epoch after epoch.
+
+    An iterable with the length of a full epoch. Its state counts the batches delivered, not those read ahead, so that a
+    resumed epoch goes on with the sample after the last one that was trained on.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        ids: Ids,
+        order: Callable[[int], Order],
+        *,
+        rank: int,
+        ranks: int,
+        epoch: Callable[[], int],
+        inputs: PreprocessModule,
+        targets: PreprocessModule,
+        device: torch.device,
+    ) -> None:
+        """Join an order to a reader.
+
+        Args:
+            reader: reads the samples.
+            ids: sample ids of the split; the order permutes positions in it.
+            order: the order of an epoch.
+            rank: data-parallel rank, from 0.
+            ranks: number of data-parallel ranks.
+            epoch: tells the current epoch when an iteration begins.
+            inputs: prepares the input tensors.
+            targets: prepares the target tensors.
+            device: where batches are delivered.
+        """
+        self.reader = reader
+        self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
+        self._inputs, self._targets, self._device = inputs.to(device), targets.to(device), device
+        self._position = (0, 0)
+
+    def __len__(self) -> int:
+        return self._order(0).batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch()
+        order = self._order(epoch)
+        done = self._position[1] if self._position[0] == epoch else 0
+        done = 0 if done == order.batches else done
+        self._position = (epoch, done)
+        shares = (order.batch(k, self._rank, self._ranks) for k in range(done, order.batches))
+        for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
+            done += 1
+            self._position = (epoch, done)
+            yield self._batch(slot)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position (epoch, batches delivered) and the identity that it belongs to."""
+        order = self._order(0)
+        epoch, delivered = self._position
+        identity = {"fingerprint": order.fingerprint, "seed": order.seed, "global_batch": order.global_batch}
+        return {"epoch": epoch, "delivered": delivered, **identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            IntegrityError: the position belongs to other data, another seed or another global batch.
+        """
+        mine = self.state_dict()
+        for key in ("fingerprint", "seed", "global_batch"):
+            if state[key] != mine[key]:
+                raise IntegrityError(
+                    f"this checkpoint was trained with {key} {state[key]}, here it is {mine[key]}: "
+                    "open the snapshot it was trained on, or start a new run"
+                )
+        self._position = (int(state["epoch"]), int(state["delivered"]))
+
+    def _batch(self, slot: Slot) -> Batch:
+        return {
+            "inputs": self._prepare(slot.inputs, self._inputs),
+            "targets": self._prepare(slot.targets, self._targets),
+            "id": torch.from_numpy(slot.ids),
+            "valid": torch.from_numpy(slot.valid).to(self._device),
+        }
+
+    @torch.no_grad()
+    def _prepare(self, stored: Stored, module: PreprocessModule) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(array) for name, array in stored.items()}
+        if self._device.type == "cuda":
+            tensors = {k: t.pin_memory().to(self._device, non_blocking=True) for k, t in tensors.items()}
+        return module.packed(tensors)

@@ -1,0 +1,98 @@
+"""Statistics of stored data, one row a record and channel, merged exactly.
+
+A row is (count, mean, M2, min, max) with M2 the sum of squared deviations from the mean; rows of disjoint sets merge
+by the pairwise update of Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances", 1979.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpuops.data.sample import Cut, Ids
+from gpuops.data.source import Source, Variable
+from gpuops.errors import InputError
+
+COLUMNS = ("count", "mean", "m2", "min", "max")
+"""Columns of a row of statistics."""
+SURVEYED = 512
+"""Records read for statistics when a store brings none."""
+
+Rows = npt.NDArray[np.float64]
+"""float64 [..., 5]."""
+
+
+def channels_of(record_shape: tuple[int, ...]) -> int:
+    """Channels of a record: its first axis, if at least two spatial axes follow."""
+    return record_shape[0] if len(record_shape) >= 3 else 1
+
+
+def describe(stored: npt.NDArray[Any], scale: float, offset: float, missing: int | None) -> Rows:
+    """Physical statistics of each record and channel, [records, channels, 5].
+
+    Args:
+        stored: packed records, [records, *record].
+        scale: physical units per stored step.
+        offset: physical value of stored 0.
+        missing: stored value left out; NaN is always left out. A row without data is (0, 0, 0, NaN, NaN).
+    """
+    flat = stored.reshape(len(stored), channels_of(stored.shape[1:]), -1)
+    data = ~np.isnan(flat) if flat.dtype.kind == "f" else np.ones(flat.shape, bool)
+    if missing is not None:
+        data &= flat != missing
+    values = np.where(data, flat, 0).astype(np.float64)
+    count = data.sum(axis=2, dtype=np.float64)
+    mean = values.sum(axis=2) / np.maximum(count, 1)
+    m2 = (np.where(data, values - mean[..., None], 0) ** 2).sum(axis=2)
+    low = np.where(data, values, np.inf).min(axis=2, initial=np.inf)
+    high = np.where(data, values, -np.inf).max(axis=2, initial=-np.inf)
+    some = count > 0
+    bounds = np.stack([low, high]) * scale + offset
+    bounds = np.where(some, np.sort(bounds, axis=0), np.nan)
+    return np.stack([count, np.where(some, mean * scale + offset, 0), m2 * scale**2, *bounds], axis=-1)
+
+
+def merge(rows: Rows) -> Rows:
+    """One row for the union of disjoint sets: [n, ..., 5] to [..., 5]."""
+    count, mean, m2, low, high = np.moveaxis(rows, -1, 0)
+    total = count.sum(axis=0)
+    center = (count * mean).sum(axis=0) / np.maximum(total, 1)
+    spread = m2.sum(axis=0) + (count * (mean - center) ** 2).sum(axis=0)
+    infinite = np.where(np.isnan(low), np.inf, low).min(axis=0), np.where(np.isnan(high), -np.inf, high).max(axis=0)
+    low, high = (np.where(np.isfinite(v), v, np.nan) for v in infinite)
+    return np.stack([total, center, spread, low, high], axis=-1)
+
+
+def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Physical mean and standard deviation of a field over the given records: one pair, or one a channel.
+
+    Statistics of a window's dimension are merged, because a window visits all of it. A store without statistics
+    is surveyed: `SURVEYED` of the records, evenly spaced, are read.
+
+    Raises:
+        InputError: the field has no data in these records.
+    """
+    variable = cut.variable
+    recorded = source.meta("stats", variable.name)
+    rows = _survey(variable, records) if recorded is None else np.asarray(recorded[:])[records]
+    merged = merge(rows)
+    if cut.along == "inside" or cut.shape[0] % len(merged):
+        merged = merge(merged)[None]
+    elif len(merged) > 1:
+        merged = np.tile(merged, (cut.shape[0] // len(merged), 1))
+    count, mean, m2 = merged[:, 0], merged[:, 1], merged[:, 2]
+    if not count.all():
+        raise InputError(f"{variable.name!r} holds no data in the training split: widen the split or drop the variable")
+    return tuple(map(float, mean)), tuple(map(float, np.sqrt(m2 / count)))
+
+
+def _survey(variable: Variable, records: Ids) -> Rows:
+    chosen = records[np.unique(np.linspace(0, len(records) - 1, min(SURVEYED, len(records))).astype(np.int64))]
+    one = [
+        describe(np.asarray(variable.array[int(r)])[None], variable.scale, variable.offset, variable.missing)
+        for r in chosen
+    ]
+    return np.concatenate(one)
