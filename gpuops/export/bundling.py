@@ -1,0 +1,87 @@
+"""`export`: a run's best weights as a bundle that has been proved before it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpuops.atomic import new_directory
+from gpuops.bundle import FORMAT_FILES, GOLDEN, Bundle, read_bundle, write_manifest
+from gpuops.export.formats import write
+from gpuops.export.graph import golden, load_run, served_graph, signature
+from gpuops.export.verify import verify_format
+from gpuops.lineage.version import version_id, weights_identity
+
+TOLERANCE = 1e-5
+"""Largest absolute difference from the training pipeline's answers, in physical units."""
+
+
+def export(
+    run: str | Path,
+    bundle: str | Path,
+    *,
+    formats: Sequence[str] = tuple(FORMAT_FILES),
+    name: str | None = None,
+    max_batch: int = 32,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """Write a run's served graph as a bundle: files, golden vectors, parity proved in a fresh process, manifest.
+
+    Args:
+        run: the run directory.
+        bundle: where the bundle goes.
+        formats: of `gpuops.bundle.FORMAT_FILES`.
+        name: name to serve it under; the model class's, lower case, if None.
+        max_batch: largest batch served.
+        tolerance: largest absolute difference allowed, in physical units.
+        overwrite: replace the bundle that is there, once the new one is proved.
+        say: told what is being done.
+
+    Raises:
+        InputError: the run is unfinished, a format is unknown, or the bundle exists.
+        IntegrityError: the model's code or data changed since the run, or a format does not answer as training does.
+    """
+    destination = Path(bundle)
+    with new_directory(destination, overwrite=overwrite) as directory:
+        loaded = load_run(run)
+        graph = served_graph(loaded)
+        record = loaded.record
+        say(f"golden answers of {type(loaded.model).__name__} on held-out samples")
+        vectors, ids = golden(loaded, graph)
+        vectors.save(directory / GOLDEN)
+        say(f"writing {', '.join(formats)}")
+        write(graph, vectors.inputs, graph.output_names, max_batch, directory, formats)
+        weights = weights_identity(_weights(loaded.model))
+        document = {
+            "name": name or type(loaded.model).__name__.lower(),
+            "version_id": version_id(record["identity"], weights),
+            "run_id": record["run_id"],
+            "identity": {**record["identity"], "weights": weights},
+            "metrics": record["metrics"],
+            "signature": signature(loaded, max_batch).to_json(),
+            "sample": {**record["sample"], "golden_ids": ids},
+            "preprocess": record["preprocess"],
+            "served_batches": [1, max_batch],
+            "tolerance": tolerance,
+            "environment": record["identity"]["environment"],
+            "parity": {},
+        }
+        write_manifest(directory, document)
+        for format in formats:
+            say(f"verifying {format} in a fresh process, batches 1 to {max_batch}")
+            document["parity"][format] = verify_format(directory, format)
+        write_manifest(directory, document)
+    return read_bundle(destination)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
+    """(name, dtype, shape, bytes) of a module's state."""
+    for name, tensor in model.state_dict().items():
+        array = tensor.detach().cpu().contiguous()
+        content = array.reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield name, str(array.dtype), tuple(array.shape), content

@@ -1,0 +1,143 @@
+"""The served graph: stored samples in, physical answers out, with the training pipeline's own preprocessing inside."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpuops.bundle import Golden, file_sha256
+from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.sample import BoundSample, SampleSpec, bind
+from gpuops.data.source import Source, open
+from gpuops.errors import InputError, IntegrityError
+from gpuops.lineage.version import RUN_FILE
+from gpuops.preprocess.module import PreprocessModule
+from gpuops.preprocess.steps import Preprocess
+from gpuops.spec import Signature, TensorSpec
+
+GOLDEN_SAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run, loaded for export."""
+
+    path: Path
+    """Run directory."""
+    record: Mapping[str, Any]
+    """Its run.json."""
+    source: Source
+    """The data it was trained on, at its snapshot."""
+    sample: BoundSample
+    """What a sample is."""
+    model: nn.Module
+    """The trained module in eval mode, on the CPU."""
+
+
+class ServedGraph(nn.Module):
+    """Preprocess the raw inputs, run the model, undo the targets' normalisation."""
+
+    def __init__(self, model: nn.Module, inputs: Preprocess, targets: Preprocess) -> None:
+        """Join the three; the model is called with the input tensors by name."""
+        super().__init__()
+        self.model = model
+        self.inputs = PreprocessModule(inputs)
+        self.targets = PreprocessModule(targets)
+        self.input_names = [part.name for parts in inputs.tensors.values() for part in parts]
+        self.output_names = list(targets.tensors)
+
+    def forward(self, *raw: Tensor) -> tuple[Tensor, ...]:
+        """Answers in physical units, float32, in the order of `output_names`; `raw` in that of `input_names`."""
+        answer = self.model(**self.inputs(dict(zip(self.input_names, raw, strict=True))))
+        by_name = answer if isinstance(answer, Mapping) else {self.output_names[0]: answer}
+        return tuple(self.targets.physical(name, by_name[name]) for name in self.output_names)
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a finished run: its record, its data at its snapshot and its best weights.
+
+    Raises:
+        InputError: no finished run there, or one without data that gpuops reads.
+        IntegrityError: the model's file or the data changed since the run.
+    """
+    root = Path(path)
+    file = root / RUN_FILE
+    if not file.is_file():
+        raise InputError(f"{root} holds no {RUN_FILE}: give the run directory (trainer.default_root_dir) of a fit")
+    record = json.loads(file.read_text())
+    if record["status"] == "running" or not record["checkpoint"]:
+        raise InputError(f"{root} holds no finished fit with a checkpoint: train it to the end first")
+    if record["sample"] is None:
+        raise InputError(f"{root} was trained on data that gpuops did not read: its raw inputs are unknown")
+    source = open(record["data"]["url"], record["data"]["snapshot"])
+    if source.fingerprint != record["data"]["fingerprint"]:
+        raise IntegrityError(
+            f"{source.url} has fingerprint {source.fingerprint}, the run was trained on "
+            f"{record['data']['fingerprint']}: open the data it was trained on"
+        )
+    model = _load_model(root, record)
+    return Run(root, record, source, bind(SampleSpec.from_json(record["sample"]), source), model)
+
+
+def served_graph(run: Run) -> ServedGraph:
+    """The graph of a run, in eval mode."""
+    inputs, targets = (Preprocess.from_json(run.record["preprocess"][side]) for side in ("inputs", "targets"))
+    return ServedGraph(run.model, inputs, targets).eval()
+
+
+def signature(run: Run, max_batch: int) -> Signature:
+    """What crosses the wire: raw variables in, one float32 tensor a target out, in the unit of its variable."""
+    inputs = tuple(cut.spec for cuts in run.sample.inputs.values() for cut in cuts)
+    outputs = tuple(
+        TensorSpec(name, "float32", (sum(cut.shape[0] for cut in cuts), *cuts[0].shape[1:]), cuts[0].variable.unit)
+        for name, cuts in run.sample.targets.items()
+    )
+    return Signature(inputs, outputs, max_batch)
+
+
+def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
+    """Raw held-out samples with the training pipeline's answers, and the samples' ids.
+
+    The answers come from the slot that training reads and from `packed`, not from the served graph's `forward`.
+    """
+    held = np.array(run.record["data"]["held_out_records"] or range(run.sample.records), np.int64)
+    ids = run.sample.samples(held)
+    ids = ids[np.unique(np.linspace(0, len(ids) - 1, GOLDEN_SAMPLES).astype(np.int64))]
+    reader = Reader(run.source, run.sample)
+    try:
+        slot = reader.read(ids)
+    finally:
+        reader.close()
+    with torch.no_grad():
+        ready = graph.inputs.packed({name: torch.from_numpy(array) for name, array in slot.inputs.items()})
+        answer = graph.model(**ready)
+        by_name = answer if isinstance(answer, Mapping) else {graph.output_names[0]: answer}
+        outputs = {name: graph.targets.physical(name, by_name[name]).numpy() for name in graph.output_names}
+    return Golden(wire_inputs(run.sample, slot), outputs), [int(i) for i in ids]
+
+
+def _load_model(root: Path, record: Mapping[str, Any]) -> nn.Module:
+    described = record["model"]
+    module_name, _, class_name = described["class_path"].rpartition(".")
+    if described["file"] is not None:
+        file = Path(described["file"])
+        if not file.is_file() or file_sha256(file) != record["identity"]["code"]["module"]:
+            raise IntegrityError(f"{file} changed since the run: restore it (git) or train again")
+        folder = file.parents[module_name.count(".")]
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    kind = getattr(importlib.import_module(module_name), class_name)
+    checkpoint = root / record["checkpoint"]
+    if not checkpoint.is_file():
+        raise InputError(f"checkpoint {checkpoint} does not exist: train again, or restore it")
+    model: nn.Module = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=False)
+    return model.eval()

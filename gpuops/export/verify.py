@@ -1,0 +1,69 @@
+"""`verify`: prove a bundle in a fresh process, one a format.
+
+python -m gpuops.export.verify BUNDLE FORMAT      prints the parity as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpuops.bundle import Bundle, read_bundle
+from gpuops.errors import GpuopsError, IntegrityError
+from gpuops.lineage.version import version_id
+
+
+def verify(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Parity by format, each swept in a fresh process over every served batch size and bad inputs.
+
+    Raises:
+        InputError: no bundle there.
+        IntegrityError: bytes, identity or answers differ from what was recorded.
+    """
+    bundle = read_bundle(path)
+    _check_identity(bundle)
+    return {format: verify_format(bundle.path, format) for format in bundle.formats}
+
+
+def verify_format(path: Path, format: str) -> dict[str, Any]:
+    """Parity of one format, swept in a fresh process that has only the bundle.
+
+    Raises:
+        IntegrityError: it answers differently, with the reason that the process gave.
+    """
+    command = [sys.executable, "-m", "gpuops.export.verify", str(path), format]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise IntegrityError(f"{path} ({format}): {reason}")
+    parity: dict[str, Any] = json.loads(done.stdout)
+    return parity
+
+
+def _check_identity(bundle: Bundle) -> None:
+    identity = dict(bundle.manifest["identity"])
+    weights = identity.pop("weights")
+    if version_id(identity, weights) != bundle.version_id:
+        raise IntegrityError(f"{bundle.path}: the version id is not that of the recorded identity: export it again")
+
+
+def main() -> None:
+    """Sweep one format in this process."""
+    from gpuops.export.formats import runner
+    from gpuops.export.parity import sweep
+
+    path, format = sys.argv[1:]
+    try:
+        bundle = read_bundle(path)
+        parity = sweep(runner(bundle, format), bundle.golden(), bundle.signature, bundle.tolerance)
+    except GpuopsError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+    sys.stdout.write(json.dumps(parity.to_json()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
