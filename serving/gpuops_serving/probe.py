@@ -1,0 +1,53 @@
+"""The health check of a served model: its golden request, answered rightly.
+
+`/v2/health/ready` is wrong both ways: it stays true after a model's process has died, and turns false when a new
+version was rejected while the old one serves.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from gpuops.bundle import Golden
+from gpuops.errors import IntegrityError
+from gpuops_serving.client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One golden request that was answered within tolerance."""
+
+    model: str
+    """Model name."""
+    version: str
+    """Version number that answered."""
+    max_abs_diff: float
+    """Largest absolute difference from the golden answers, in physical units."""
+    ms: float
+    """Time from request to answer, in milliseconds."""
+
+
+def probe(client: Client, model: str, golden: Golden, tolerance: float) -> Probe:
+    """Send the golden samples and compare the answers.
+
+    Args:
+        client: Connection to the server.
+        model: Model name.
+        golden: Samples and the training pipeline's answers.
+        tolerance: Largest absolute difference that passes, in physical units.
+
+    Raises:
+        InputError, UnavailableError: the server does not answer such a request.
+        IntegrityError: it answers something else.
+    """
+    start = time.perf_counter()
+    answer = client.answer(model, golden.inputs)
+    ms = (time.perf_counter() - start) * 1e3
+    difference = golden.max_abs_diff(answer.outputs)
+    if not difference <= tolerance:
+        raise IntegrityError(
+            f"{client.url}: version {answer.version} of {model!r} differs from its golden answers by {difference:g} "
+            f"(tolerance {tolerance:g}): do not use it; deploy its bundle again"
+        )
+    return Probe(model, answer.version, difference, ms)

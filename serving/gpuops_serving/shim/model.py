@@ -1,0 +1,155 @@
+"""Serve an exported ONNX graph from Triton's python backend.
+
+This file is copied into every version folder and runs inside the server's stub process: standard library, numpy,
+onnxruntime and Triton's own module, nothing of gpuops.
+
+Under NumPy 2, `Tensor.as_numpy()` and `Tensor(name, array)` of the python backend are silently wrong (every element is
+the first one; an empty answer with HTTP 200). So arrays go in and out through DLPack only, and `initialize` proves that
+this works here, and that the model still gives its golden answers, before a single request is taken.
+"""
+
+import ctypes
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import triton_python_backend_utils as triton
+
+_set_destructor = ctypes.pythonapi.PyCapsule_SetDestructor
+_set_destructor.argtypes = [ctypes.py_object, ctypes.c_void_p]
+_set_destructor.restype = ctypes.c_int
+
+Array = npt.NDArray[Any]
+
+
+class _Exported:
+    """An array as a DLPack producer that the stub can take.
+
+    The stub renames the capsule and calls the tensor's deleter itself. NumPy's capsule destructor does not know the new
+    name and would print a traceback for every request, so it is taken off; nothing leaks, as the deleter still runs.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, stream: object = None, **unused: object) -> Any:
+        capsule = self.array.__dlpack__()
+        _set_destructor(capsule, None)
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # kDLCPU
+
+
+def to_triton(name: str, array: Array) -> Any:
+    """Return `array` as a tensor of the python backend."""
+    return triton.Tensor.from_dlpack(name, _Exported(array))
+
+
+def from_triton(tensor: Any) -> Array:
+    """Return a tensor of the python backend as an array."""
+    return np.from_dlpack(tensor)
+
+
+class TritonPythonModel:
+    """One instance of one version."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the graph; refuse to start unless bytes, DLPack and golden answers are right."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        config = json.loads(args["model_config"])
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.outputs = [tensor["name"] for tensor in config["output"]]
+        self.max_batch = int(config["max_batch_size"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.check_bytes(folder, manifest, parameters["gpuops.version_id"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(parameters["gpuops.threads"])
+        self.session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        self.check_dlpack()
+        self.check_golden(folder / "golden.npz", float(manifest["tolerance"]))
+
+    def check_bytes(self, folder: Path, manifest: dict[str, Any], version_id: str) -> None:
+        """Compare what lies here with its manifest."""
+        if manifest["version_id"] != version_id:
+            refuse(f"{folder} holds version id {manifest['version_id']}, config.pbtxt says {version_id}")
+        for file in ("model.onnx", "golden.npz"):
+            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != manifest["files"][file]:
+                refuse(f"{folder / file} differs from its manifest")
+
+    def check_dlpack(self) -> None:
+        """Send a known array through the backend and back."""
+        for dtype in (np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32):
+            known = np.arange(24, dtype=dtype).reshape(2, 3, 4)
+            if not np.array_equal(from_triton(to_triton("known", known)), known):
+                refuse(f"the DLPack round trip of {known.dtype} is broken with NumPy {np.__version__}")
+
+    def check_golden(self, path: Path, tolerance: float) -> None:
+        """Answer the first golden sample as if it were a request."""
+        with np.load(path) as golden:
+            inputs = {name: from_triton(to_triton(name, golden[f"input/{name}"][:1])) for name in self.inputs}
+            wanted = {name: golden[f"output/{name}"][:1] for name in self.outputs}
+        for name, answer in self.run(inputs).items():
+            if answer.dtype != np.float32 or answer.shape != wanted[name].shape:
+                refuse(f"output {name} is {answer.dtype} {answer.shape}, its golden answer {wanted[name].shape}")
+            if not np.allclose(answer, wanted[name], rtol=0.0, atol=tolerance, equal_nan=True):
+                worst = np.abs(answer.astype(np.float64) - wanted[name]).max()
+                refuse(f"output {name} differs from its golden answer by {worst:g}, tolerance {tolerance:g}")
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Answer one batch of arrays by input name."""
+        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer the requests of one dynamic batch with one run of the graph."""
+        batches: list[tuple[int, dict[str, Array]]] = []
+        sizes: list[int] = []
+        responses: list[Any] = [None] * len(requests)
+        for place, request in enumerate(requests):
+            batch = {name: from_triton(triton.get_input_tensor_by_name(request, name)) for name in self.inputs}
+            found = {len(array) for array in batch.values()}
+            size = found.pop()
+            if found or not 1 <= size <= self.max_batch:
+                responses[place] = failed(f"a request takes 1 to {self.max_batch} samples, as many in each input")
+            else:
+                batches.append((place, batch))
+                sizes.append(size)
+        if not batches:
+            return responses
+        try:
+            joined = batches[0][1]
+            if len(batches) > 1:
+                joined = {name: np.concatenate([batch[name] for _, batch in batches]) for name in self.inputs}
+            answers = self.run(joined)
+        except Exception as error:
+            # Values can break a graph (an index out of range): find whose they were, and answer the others.
+            if len(batches) == 1:
+                responses[batches[0][0]] = failed(str(error))
+            else:
+                for place, _ in batches:
+                    responses[place] = self.execute([requests[place]])[0]
+            return responses
+        start = 0
+        for (place, _), size in zip(batches, sizes, strict=True):
+            parts = [to_triton(name, answers[name][start : start + size]) for name in self.outputs]
+            responses[place] = triton.InferenceResponse(parts)
+            start += size
+        return responses
+
+
+def failed(message: str) -> Any:
+    """Return the response to a request that cannot be answered."""
+    # INVALID_ARG, as it is the request that is at fault: HTTP 400, not 500.
+    return triton.InferenceResponse(error=triton.TritonError(message, triton.TritonError.INVALID_ARG))
+
+
+def refuse(reason: str) -> NoReturn:
+    """Stop this version from being served; gpuops_serving.server looks for the first words in the log."""
+    raise RuntimeError(f"gpuops refuses to serve: {reason}")
