@@ -1,0 +1,47 @@
+"""How commands talk: JSON alone on stdout where it is asked for, words and bars on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+errors = Console(stderr=True)
+
+
+def print_json(document: Any) -> None:
+    """Print a JSON document alone on stdout."""
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def fields(values: Mapping[str, Any]) -> None:
+    """Print name and value, one a line."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        sys.stdout.write(f"{name:<{width}}  {shown}\n")
+
+
+def say(message: str) -> None:
+    """Say what is being done, on stderr."""
+    errors.print(message, highlight=False)
+
+
+@contextmanager
+def bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes, bytes a second and time left; yields a function of (done, total) bytes."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

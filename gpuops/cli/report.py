@@ -1,0 +1,23 @@
+"""`gpuops report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from gpuops.errors import InputError
+from gpuops.report import write_report
+
+
+def report(run: str, bundle: str | None, infer: list[str], out: str | None) -> None:
+    """Write the page and print where it is."""
+    destination = Path(out) if out is not None else Path(run) / "report.html"
+    served = []
+    for file in infer:
+        try:
+            served.append(json.loads(Path(file).read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is not the output of `gpuops infer --json` ({error})") from error
+    write_report(Path(run), destination, bundle=None if bundle is None else Path(bundle), served=served)
+    sys.stdout.write(f"{destination}\n")
