@@ -3,7 +3,7 @@
 Importing this package imports nothing else; each public name is loaded when it is first used (PEP 562).
 """
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # type checkers take this name for true; typing itself would be an import
 
 __version__ = "0.1.0"
 

@@ -64,6 +64,7 @@ def _fail(error: GpuopsError) -> None:
 
 
 def _terminated(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
     raise SystemExit(128 + number)
 
 

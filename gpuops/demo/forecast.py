@@ -14,7 +14,7 @@ from torchmetrics import MeanSquaredError
 class Forecast(LightningModule):
     """Adds a learned change to the last month it sees; works on 4 x 4 blocks of points, for speed."""
 
-    def __init__(self, lr: float = 2e-3, width: int = 64, depth: int = 3) -> None:
+    def __init__(self, lr: float = 2e-3, width: int = 48, depth: int = 2) -> None:
         """Build the net.
 
         Args:

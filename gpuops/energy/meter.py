@@ -144,7 +144,7 @@ def sum_over_ranks(rows: Iterable[tuple[str, Reading]]) -> Reading:
         rows: (host name, reading) of each rank.
 
     Returns:
-        The sum, exact in integer millijoules; null with the first rank's reason if any rank's is null. `seconds` and
+        The sum, exact in integer millijoules; null with the reason if any rank's is null. `seconds` and
         `lost_s` are the longest of any rank, `gpus` those of all.
 
     Raises:
@@ -168,7 +168,7 @@ def sum_over_ranks(rows: Iterable[tuple[str, Reading]]) -> Reading:
     return Reading(
         sum(known) if whole else None,
         _common(reading.method for reading in readings),
-        None if whole else next(f"{host}: {reading.reason}" for host, reading in ranks if reading.reason is not None),
+        None if whole else _why_unknown(ranks),
         max(steps) if steps else None,
         _common(reading.scope for reading in readings),
         _joint_tenancy([reading.tenancy for reading in readings]),
@@ -176,6 +176,13 @@ def sum_over_ranks(rows: Iterable[tuple[str, Reading]]) -> Reading:
         seconds=max(reading.seconds for reading in readings),
         gpus=tuple(uuid for reading in readings for uuid in reading.gpus),
     )
+
+
+def _why_unknown(ranks: Sequence[tuple[str, Reading]]) -> str:
+    """The reason that all ranks give, or the first one with its host."""
+    reasons = {reading.reason for _, reading in ranks}
+    host, first = next((host, reading.reason) for host, reading in ranks if reading.reason is not None)
+    return str(first) if len(reasons) == 1 else f"{host}: {first}"
 
 
 def _difference(

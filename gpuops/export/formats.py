@@ -49,6 +49,8 @@ def write(
         table.update(decompositions())
         program = program.run_decompositions(table)
         if "pt2" in formats:
+            for node in program.graph.nodes:
+                node.meta.pop("from_node", None)  # debugging history with memory addresses: other bytes every time
             torch.export.save(program, directory / FORMAT_FILES["pt2"])
         if "onnx" in formats:
             _write_onnx(program, list(example), outputs, directory / FORMAT_FILES["onnx"])

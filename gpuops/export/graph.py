@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,5 +140,7 @@ def _load_model(root: Path, record: Mapping[str, Any]) -> nn.Module:
     checkpoint = root / record["checkpoint"]
     if not checkpoint.is_file():
         raise InputError(f"checkpoint {checkpoint} does not exist: train again, or restore it")
-    model: nn.Module = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning calls what jsonargparse deprecates
+        model: nn.Module = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=False)
     return model.eval()

@@ -30,14 +30,13 @@ def loss_curve(metrics: Path) -> str | None:
         return None
     with metrics.open() as stream:
         rows = list(csv.DictReader(stream))
-    figure = _figure(7.5, 3.2)
-    axes = figure.subplots()
-    for column, color, marker in (("train_loss", BLUE, ""), ("val_rmse", ORANGE, "o")):
+    figure = _figure(9.5, 3.0)
+    columns = (("train_loss", "training loss, single batches", BLUE), ("val_rmse", "held-out RMSE, physical", ORANGE))
+    for axes, (column, title, color) in zip(figure.subplots(1, 2), columns, strict=True):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=column)
-    axes.set(xlabel="optimiser step", ylabel="train_loss (normalised), val_rmse (physical)", yscale="log")
-    axes.legend(frameon=False)
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
+        axes.set(xlabel="optimiser step", title=title, yscale="log" if column == "train_loss" else "linear")
     return _png(figure)
 
 
@@ -102,9 +101,10 @@ def held_out_map(record: Mapping[str, Any], bundle: Bundle) -> tuple[str, str] |
         axes.set(title=title, xticks=[], yticks=[])
         figure.colorbar(image, ax=axes, shrink=0.8)
     error = float(np.sqrt(np.nanmean(pictures[2] ** 2)))
-    unit = cuts[0].variable.unit
-    caption = f"{name} ({'dimensionless' if unit == '1' else unit}) over held-out {where}; RMSE here {error:.3f}"
-    return _png(figure), caption
+    variable = cuts[0].variable
+    what = str(variable.array.attrs.get("long_name", name))
+    unit = "dimensionless" if variable.unit == "1" else variable.unit
+    return _png(figure), f"{what} ({unit}) over held-out {where}; RMSE here {error:.3f}"
 
 
 def _group(record: Mapping[str, Any], source: Source) -> tuple[npt.NDArray[np.int64], str]:
@@ -119,7 +119,13 @@ def _group(record: Mapping[str, Any], source: Source) -> tuple[npt.NDArray[np.in
     spread = np.asarray(rows[:])[held][..., 4].max(axis=1) - np.asarray(rows[:])[held][..., 3].min(axis=1)
     varied = {int(label): float(spread[labels == label].mean()) for label in np.unique(labels)}
     chosen = max(varied, key=lambda label: varied[label])
-    return held[labels == chosen], f"{by} {chosen}"
+    records = held[labels == chosen]
+    bounds = []
+    for axis in ("latitude", "longitude"):
+        if axis in source.variables and source.variables[axis].array.ndim == 1:
+            values = np.asarray(source.variables[axis].array[:])[records]
+            bounds.append(f"{axis} {values.min():.0f} to {values.max():.0f}")
+    return records, f"{by} {chosen}" + (f" (tile centres at {', '.join(bounds)})" if bounds else "")
 
 
 def _answers(

@@ -68,9 +68,10 @@ def main() -> None:
 
 def add_config_folder(arguments: Sequence[str]) -> None:
     """Put the folder of each `--config FILE` first on sys.path, so that its modules can be named in it."""
-    for flag, value in pairwise(arguments):
-        if flag in ("--config", "-c"):
-            sys.path.insert(0, str(Path(value).resolve().parent))
+    given = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    given += [value for flag, value in pairwise(arguments) if flag in ("--config", "-c")]
+    for file in given:
+        sys.path.insert(0, str(Path(file).resolve().parent))
 
 
 def _trainer_defaults() -> dict[str, Any]:

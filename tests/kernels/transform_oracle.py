@@ -105,7 +105,8 @@ def roundings(got: torch.Tensor, case: Case, *, exact_fma: bool) -> float:
     must_overflow = np.isinf(want) | (np.abs(want) >= overflow + allowed)
     np.testing.assert_array_equal(result[must_overflow], np.copysign(np.inf, want[must_overflow]), err_msg="overflow")
     wrong = ~np.isnan(want) & ~must_overflow & (error > 0)
-    ratio = error[wrong] / np.maximum(allowed[wrong], 5e-324)
+    with np.errstate(over="ignore"):
+        ratio = error[wrong] / np.maximum(allowed[wrong], 5e-324)
     return float(ratio.max(initial=0.0)) * (1 - 2.0**-26)  # float64 rounds the exact sum once itself
 
 

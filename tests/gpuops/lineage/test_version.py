@@ -201,7 +201,7 @@ def test_weights_identity_sees_name_dtype_shape_and_bytes_but_not_order() -> Non
     a, b = ("a", "float32", (2, 1), b"12345678"), ("b", "float32", (1,), b"abcd")
     same = weights_identity(iter([b, a]))
     assert same == weights_identity([a, b])
-    others = [
+    others: list[list[tuple[str, str, tuple[int, ...], bytes]]] = [
         [a],
         [("a", "int32", (2, 1), b"12345678"), b],
         [("a", "float32", (1, 2), b"12345678"), b],
@@ -210,7 +210,7 @@ def test_weights_identity_sees_name_dtype_shape_and_bytes_but_not_order() -> Non
         [("a", *b[1:]), ("b", *a[1:])],
         [("a", "float32", (2,), b"1234"), ("b", "float32", (2,), b"5678abcd")],  # the same bytes, cut elsewhere
     ]
-    assert len({same, *map(weights_identity, others)}) == 1 + len(others)
+    assert len({same, *(weights_identity(other) for other in others)}) == 1 + len(others)
 
 
 def test_weights_are_refused_twice_or_none() -> None:

@@ -1,0 +1,104 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuops.bundle import GOLDEN, MANIFEST, Golden, read_bundle, write_manifest
+from gpuops.errors import InputError, IntegrityError
+from gpuops.spec import Signature, TensorSpec
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    x = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    Golden({"x": x}, {"y": x.astype(np.float32)}).save(directory / GOLDEN)
+    (directory / "model.onnx").write_bytes(b"graph")
+    signature = Signature((TensorSpec("x", "uint8", (3,)),), (TensorSpec("y", "float32", (3,)),))
+    write_manifest(
+        directory, {"name": "m", "version_id": "v", "signature": signature.to_json(), "tolerance": 1e-5, "parity": {}}
+    )
+    return directory
+
+
+def test_a_whole_bundle_opens(bundle: Path) -> None:
+    opened = read_bundle(bundle)
+    assert opened.formats == ("onnx",)
+    assert opened.version_id == "v"
+    assert opened.golden().inputs["x"].dtype == np.uint8
+    with pytest.raises(InputError, match="--formats pt2"):
+        opened.model_file("pt2")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, GOLDEN, "model.onnx"])
+def test_any_changed_byte_is_found(bundle: Path, name: str) -> None:
+    whole = (bundle / name).read_bytes()
+    for position in np.linspace(0, len(whole) - 1, 40).astype(int):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        (bundle / name).write_bytes(bytes(changed))
+        if name == MANIFEST and _same_json(whole, bytes(changed)):
+            continue  # a changed blank between values changes nothing that the manifest says
+        with pytest.raises(IntegrityError, match=r"export|manifest"):
+            read_bundle(bundle)
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
+
+
+def test_a_missing_file_is_found(bundle: Path) -> None:
+    (bundle / GOLDEN).unlink()
+    with pytest.raises(IntegrityError, match=GOLDEN):
+        read_bundle(bundle)
+
+
+def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gpuops export RUN"):
+        read_bundle(tmp_path)
+
+
+def test_a_newer_schema_is_refused(bundle: Path) -> None:
+    import gpuops.bundle
+
+    document = json.loads((bundle / MANIFEST).read_text())
+    shutil.copy(bundle / MANIFEST, bundle.parent)
+    for key in ("files", "sha256"):
+        document.pop(key)
+    write_manifest(bundle, document)
+    patched = json.loads((bundle / MANIFEST).read_text())
+    patched.pop("sha256")
+    patched["schema"] = gpuops.bundle.SCHEMA + 1
+    import hashlib
+
+    from gpuops.lineage.version import canonical_json
+
+    patched["sha256"] = hashlib.sha256(canonical_json(patched)).hexdigest()
+    (bundle / MANIFEST).write_text(json.dumps(patched))
+    with pytest.raises(InputError, match="schema"):
+        read_bundle(bundle)
+
+
+@given(size=st.integers(1, 40), count=st.integers(1, 9))
+def test_golden_batches_repeat_the_samples_in_order(size: int, count: int) -> None:
+    x = np.arange(count, dtype=np.int32)[:, None]
+    batch = Golden({"x": x}, {"y": x.astype(np.float32)}).batch(size)
+    assert batch.inputs["x"][:, 0].tolist() == [i % count for i in range(size)]
+    assert batch.max_abs_diff(batch.outputs) == 0.0
+
+
+def test_differences_count_nan_shape_and_absence() -> None:
+    golden = Golden({}, {"y": np.array([[1.0, np.nan]], np.float32)})
+    assert golden.max_abs_diff({"y": np.array([[1.5, np.nan]], np.float32)}) == 0.5
+    assert golden.max_abs_diff({"y": np.array([[np.nan, np.nan]], np.float32)}) == np.inf
+    assert golden.max_abs_diff({"y": np.array([[1.0, 0.0]], np.float32)}) == np.inf
+    assert golden.max_abs_diff({"y": np.zeros((2, 2), np.float32)}) == np.inf
+    assert golden.max_abs_diff({}) == np.inf
