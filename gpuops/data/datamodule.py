@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from gpuops.errors import InputError
 from gpuops.lineage.version import digest
 from gpuops.preprocess.module import PreprocessModule
 from gpuops.preprocess.steps import Clip, Fill, Normalize, Part, Preprocess, Step, Unpack
+from gpuops.spec import DTYPES
 
 
 @dataclass(frozen=True)  # no slots: jsonargparse reads a default instance through vars()
@@ -109,6 +111,11 @@ class ZarrDataModule(LightningDataModule):
             held = self.holdout.choose(np.asarray(labels.array[:]), self.seed)
         self.train_records, self.val_records = np.flatnonzero(~held), np.flatnonzero(held)
         self.train_ids, self.val_ids = (self.bound.samples(r) for r in (self.train_records, self.val_records))
+        if not len(self.train_ids) or (not len(self.val_ids) and self.holdout is not None):
+            raise InputError(
+                f"the split leaves {len(self.train_ids)} samples to train on and {len(self.val_ids)} to validate on: "
+                "hold out longer runs of records than the window"
+            )
         self.preprocess = {
             "inputs": _preprocess(self.source, self.bound.inputs, self.train_records, fill=True),
             "targets": _preprocess(self.source, self.bound.targets, self.train_records, fill=False),
@@ -154,18 +161,20 @@ class ZarrDataModule(LightningDataModule):
         self._resume = state_dict or None
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads; a resumed position does not outlive its fit."""
+        self._resume = None
         for reader in self._readers:
             reader.close()
 
     def _loader(self, ids: Ids, *, shuffle: bool, last: str) -> ZarrLoader:
         trainer = self.trainer
-        sampler = None if trainer is None else trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        sampler = None if trainer is None else trainer.distributed_sampler_kwargs
         rank, ranks = (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
         if self.global_batch % ranks:
             raise InputError(f"global_batch {self.global_batch} is not a multiple of {ranks} ranks: change one of them")
-        reader = Reader(self.source, self.bound, threads=self.threads, ahead=self.ahead)
+        share = len(os.sched_getaffinity(0)) // (1 if trainer is None else trainer.num_devices)
+        reader = Reader(self.source, self.bound, threads=self.threads or max(1, share), ahead=self.ahead)
         self._readers.append(reader)
         fingerprint = self.fingerprint
         return ZarrLoader(
@@ -174,7 +183,7 @@ class ZarrDataModule(LightningDataModule):
             lambda epoch: Order(len(ids), self.seed, epoch, fingerprint, self.global_batch, shuffle, last),
             rank=rank,
             ranks=ranks,
-            epoch=lambda: 0 if trainer is None else trainer.current_epoch,
+            epoch=None if trainer is None else lambda: trainer.current_epoch,
             inputs=self._modules["inputs"],
             targets=self._modules["targets"],
             device=device,
@@ -198,8 +207,13 @@ def _preprocess(source: Source, tensors: Mapping[str, tuple[Cut, ...]], records:
 def _part(source: Source, cut: Cut, records: Ids, fill: bool) -> Part:
     field, variable = cut.field, cut.variable
     dtype = str(variable.array.dtype)
-    if field.raw or not cut.records:
+    if field.raw or (not cut.records and cut.along == "inside"):
         return Part(cut.name, cut.shape[0], dtype)
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{variable.name!r} is stored as {dtype}, which no kernel reads: store it as one of {', '.join(DTYPES)}, "
+            "or declare the field raw"
+        )
     mean, std = mean_std(source, cut, records)
     steps: list[Step] = [Unpack(variable.scale, variable.offset, variable.missing)]
     declared = field.fill if field.fill is not None else variable.fill

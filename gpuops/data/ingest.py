@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from gpuops.atomic import new_directory
+from gpuops.data.block import Block, check_aligned, make_block
 from gpuops.data.quality import Violation, check, gate
-from gpuops.data.recipe import Recipe, Tiling, VariableRecipe, axis_values, load_recipe, open_array
+from gpuops.data.recipe import Recipe, axis_values, load_recipe
 from gpuops.data.shard import ShardIndexes, layout, read_ranges
 from gpuops.data.source import META, Source, array_metadata, local_storage, open, strong_fingerprint
 from gpuops.data.statistics import COLUMNS, describe
@@ -31,41 +33,7 @@ SHARD_BYTES = 256 * 2**20
 """Largest size of a shard, before compression."""
 SHARDS = 16
 """Smallest number of shards aimed at, so that small arrays are still read and written in parallel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A variable as it is stored: records cut out of its source."""
-
-    name: str
-    """Variable name."""
-    recipe: VariableRecipe
-    """Its part of the recipe."""
-    source: Any
-    """Array-like that it is read from."""
-    dims: tuple[str, ...]
-    """Stored dimensions; the first is the sample axis."""
-    shape: tuple[int, ...]
-    """Stored shape."""
-    tiling: Tiling | None
-    """How records are cut, if they are tiles."""
-
-    def read(self, first: int, last: int) -> npt.NDArray[Any]:
-        """Packed records [last - first, *record], read row by row of tiles."""
-        if self.tiling is None:
-            return np.asarray(self.source[first:last])
-        axis = self.recipe.dims.index(self.tiling.rows)
-        across, size = self.recipe.dims.index(self.tiling.columns), self.tiling.size
-        columns = self.source.shape[across] // size
-        parts = []
-        for row in range(first // columns, -(-last // columns)):
-            low, high = max(first - row * columns, 0), min(last - row * columns, columns)
-            index: list[slice] = [slice(None)] * len(self.recipe.dims)
-            index[axis], index[across] = slice(row * size, (row + 1) * size), slice(low * size, high * size)
-            band = np.moveaxis(np.asarray(self.source[tuple(index)]), (axis, across), (-2, -1))
-            tiles = band.reshape(*band.shape[:-1], high - low, size)
-            parts.append(np.moveaxis(tiles, -2, 0))
-        return np.concatenate(parts)
+_NOTHING = "nothing was committed; check the disk and ingest again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +80,9 @@ def ingest(
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, url)
-    destination = Path(url or recipe.url)
-    blocks = [_block(name, part, recipe.tiling) for name, part in recipe.variables.items()]
-    _check_aligned(blocks)
+    destination = _destination(url or recipe.url, overwrite)
+    blocks = [make_block(name, part, recipe.tiling) for name, part in recipe.variables.items()]
+    check_aligned(blocks)
     with new_directory(destination, overwrite=overwrite) as directory:
         repository = icechunk.Repository.create(local_storage(directory), **_spec_version())
         session = repository.writable_session("main")
@@ -128,27 +96,16 @@ def ingest(
     return open(destination)
 
 
-def _block(name: str, recipe: VariableRecipe, tiling: Tiling | None) -> Block:
-    source = open_array(recipe.source)
-    if len(recipe.dims) != len(source.shape):
-        raise InputError(f"{name}: {recipe.source} has {len(source.shape)} dimensions, the recipe names {recipe.dims}")
-    if tiling is None:
-        return Block(name, recipe, source, tuple(recipe.dims), tuple(source.shape), None)
-    sizes = dict(zip(recipe.dims, source.shape, strict=True))
-    for dim in (tiling.rows, tiling.columns):
-        if dim not in sizes:
-            raise InputError(f"{name}: tiling cuts dimension {dim!r}, the variable has {recipe.dims}")
-        if sizes[dim] % tiling.size:
-            raise InputError(f"{name}: {dim} has {sizes[dim]} points, not a multiple of tiles of {tiling.size}")
-    rows, columns = sizes.pop(tiling.rows) // tiling.size, sizes.pop(tiling.columns) // tiling.size
-    dims = (tiling.name, *sizes, "y", "x")
-    return Block(name, recipe, source, dims, (rows * columns, *sizes.values(), tiling.size, tiling.size), tiling)
-
-
-def _check_aligned(blocks: list[Block]) -> None:
-    counts = {block.name: block.shape[0] for block in blocks}
-    if len(set(counts.values())) != 1:
-        raise InputError(f"variables differ in their number of samples: {counts}")
+def _destination(url: str, overwrite: bool) -> Path:
+    """The local directory to write; never one that holds anything but a store."""
+    if "://" in url:
+        raise InputError(f"cannot write to {url}: ingest into a local directory, then copy that to where it is served")
+    path = Path(url)
+    if overwrite and path.exists():
+        store = (path / "snapshots").is_dir() or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
+        if not path.is_dir() or not (store or not any(path.iterdir())):
+            raise InputError(f"{path} is not a store, so it is not overwritten: name another place or remove it")
+    return path
 
 
 def _spec_version() -> dict[str, Any]:
@@ -162,11 +119,12 @@ def _spec_version() -> dict[str, Any]:
 
 def _create(root: zarr.Group, block: Block, codec: str, located: list[str]) -> zarr.Array[Any]:
     recipe, record = block.recipe, block.shape[1:]
-    record_bytes = math.prod(record) * block.source.dtype.itemsize
-    attributes: dict[str, Any] = {"scale_factor": recipe.scale, "add_offset": recipe.offset, "units": recipe.unit}
+    record_bytes = math.prod(record) * block.dtype.itemsize
+    packing = {"scale_factor": float(recipe.scale), "add_offset": float(recipe.offset)}
+    attributes: dict[str, Any] = {**packing, "units": recipe.unit}
     optional = {
         "long_name": recipe.long_name or None,
-        "_FillValue": recipe.missing,
+        "_FillValue": block.missing,
         "gpuops_fill": recipe.fill,
         "coordinates": " ".join(located) or None,
     }
@@ -174,7 +132,7 @@ def _create(root: zarr.Group, block: Block, codec: str, located: list[str]) -> z
     return root.create_array(
         block.name,
         shape=block.shape,
-        dtype=block.source.dtype,
+        dtype=block.dtype,
         chunks=(1, *record),
         shards=(_shard_records(block, record_bytes), *record),
         compressors=[ZstdCodec(level=1, checksum=True)] if codec == "zstd" else [Crc32cCodec()],
@@ -200,10 +158,19 @@ def _write_coordinates(root: zarr.Group, recipe: Recipe, blocks: list[Block]) ->
     """Write every coordinate; return the names of those that locate a tile (CF's auxiliary coordinates)."""
 
     def put(name: str, dim: str, values: npt.NDArray[Any], unit: str) -> None:
-        root.create_array(name, data=values, dimension_names=(dim,), attributes={"units": unit})
+        if name in recipe.variables:
+            raise InputError(f"a variable and a coordinate are both called {name!r}: rename the variable")
+        root.create_array(
+            name,
+            data=values,
+            dimension_names=(dim,),
+            attributes={"units": unit},
+            compressors=[ZstdCodec(level=1, checksum=True)],
+            config={"write_empty_chunks": True},
+        )
 
-    block, tiling = max(blocks, key=lambda b: len(b.dims)), recipe.tiling
-    sizes = dict(zip(block.recipe.dims, block.source.shape, strict=True))
+    tiling = recipe.tiling
+    sizes = {dim: size for block in blocks for dim, size in block.sizes.items()}
     for dim, axis in recipe.coordinates.items():
         if dim not in sizes:
             raise InputError(f"coordinates name dimension {dim!r}; the variables have {', '.join(sizes)}")
@@ -211,7 +178,7 @@ def _write_coordinates(root: zarr.Group, recipe: Recipe, blocks: list[Block]) ->
             put(dim, dim, axis_values(axis, sizes[dim]), axis.unit)
     if tiling is None:
         return []
-    row, column = np.divmod(np.arange(block.shape[0]), sizes[tiling.columns] // tiling.size)
+    row, column = np.divmod(np.arange(blocks[0].shape[0]), sizes[tiling.columns] // tiling.size)
     for dim, position in ((tiling.rows, row), (tiling.columns, column)):
         if dim in recipe.coordinates:
             axis = recipe.coordinates[dim]
@@ -227,11 +194,13 @@ def _write_all(
     blocks: list[Block], arrays: Mapping[str, zarr.Array[Any]], progress: Callable[[int, int], None] | None
 ) -> list[Written]:
     """Every shard of every variable, one Dask task each, on local threads."""
+    import dask.config
+    import dask.system
     from dask.base import compute
     from dask.callbacks import Callback
     from dask.delayed import delayed
 
-    total = sum(math.prod(block.shape) * block.source.dtype.itemsize for block in blocks)
+    total = sum(math.prod(block.shape) * block.dtype.itemsize for block in blocks)
     done = 0
     tasks = []
     for block in blocks:
@@ -250,18 +219,21 @@ def _write_all(
                 if progress is not None:
                     progress(done, total)
 
-    with Reporter():  # type: ignore[no-untyped-call]
-        return list(compute(*tasks, scheduler="threads"))
+    # A pool of its own, because leaving it waits for tasks that are still writing when another one fails: the
+    # directory is removed then, and Dask's shared pool would write on into it.
+    threads = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
+    with ThreadPoolExecutor(threads, "gpuops-ingest") as pool, Reporter():  # type: ignore[no-untyped-call]
+        return list(compute(*tasks, scheduler="threads", pool=pool))
 
 
 def _write_shard(block: Block, array: zarr.Array[Any], shard: int, first: int, last: int) -> Written:
     records = block.read(first, last)
     recipe = block.recipe
-    packing = (recipe.scale, recipe.offset, recipe.missing)
+    packing = (recipe.scale, recipe.offset, block.missing)
     violations = check(block.name, records, first, recipe.quality, packing)
     array[first:last] = records
     digest = _read_back(array, records, shard, first)
-    sketch = Sketch.of(records, *_sketch_range(block), missing=recipe.missing)
+    sketch = Sketch.of(records, *_sketch_range(block), missing=block.missing)
     return Written(block.name, shard, digest, describe(records, *packing), sketch, violations, records.nbytes)
 
 
@@ -272,19 +244,22 @@ def _read_back(array: zarr.Array[Any], records: npt.NDArray[Any], shard: int, fi
     chunks = [(first + i, *(0,) * (array.ndim - 1)) for i in range(len(records))]
     key, _ = place.key(chunks[0])
     (whole,) = read_ranges(store, [(key, None)])
-    got = np.empty(records.shape[1:], records.dtype)
-    for record, (_, span) in zip(records, ShardIndexes(place, store).locate(chunks), strict=True):
+    got = np.empty((1, *records.shape[1:]), records.dtype)
+    for i, (_, span) in enumerate(ShardIndexes(place, store).locate(chunks)):
         assert whole is not None
         assert span is not None
-        place.decode(whole[span.start : span.end], got)
-        if not np.array_equal(got.view(np.uint8), record.view(np.uint8)):
-            raise IntegrityError(f"{array.path}: shard {shard} did not read back as written: nothing was committed")
+        try:
+            place.decode(whole[span.start : span.end], got)
+        except ValueError as error:
+            raise IntegrityError(f"{array.path}: shard {shard} cannot be read back ({error}): {_NOTHING}") from error
+        if not np.array_equal(got.view(np.uint8), records[i : i + 1].view(np.uint8)):
+            raise IntegrityError(f"{array.path}: shard {shard} did not read back as written: {_NOTHING}")
     return hashlib.sha256(whole.tobytes()).hexdigest()  # type: ignore[union-attr]
 
 
 def _sketch_range(block: Block) -> tuple[float, float]:
     """Range of the histogram of stored values: exact for 8 bits, else the rules' bounds, else the dtype's."""
-    dtype, recipe = block.source.dtype, block.recipe
+    dtype, recipe = block.dtype, block.recipe
     if dtype.itemsize == 1:
         info = np.iinfo(dtype)
         return info.min - 0.5, info.max + 0.5

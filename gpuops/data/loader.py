@@ -33,7 +33,7 @@ class ZarrLoader:
         *,
         rank: int,
         ranks: int,
-        epoch: Callable[[], int],
+        epoch: Callable[[], int] | None,
         inputs: PreprocessModule,
         targets: PreprocessModule,
         device: torch.device,
@@ -46,7 +46,7 @@ class ZarrLoader:
             order: the order of an epoch.
             rank: data-parallel rank, from 0.
             ranks: number of data-parallel ranks.
-            epoch: tells the current epoch when an iteration begins.
+            epoch: tells the current epoch when an iteration begins; None counts the epochs read to their end.
             inputs: prepares the input tensors.
             targets: prepares the target tensors.
             device: where batches are delivered.
@@ -55,15 +55,18 @@ class ZarrLoader:
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
         self._inputs, self._targets, self._device = inputs.to(device), targets.to(device), device
         self._position = (0, 0)
+        self._resume: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self._order(0).batches
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._epoch()
+        # Only a loaded position skips batches: an iteration that was left early (Lightning's sanity check, a look at
+        # the first batch) must not cost the next one its beginning.
+        resume, self._resume = self._resume, None
+        epoch = self._own_epoch() if self._epoch is None else self._epoch()
         order = self._order(epoch)
-        done = self._position[1] if self._position[0] == epoch else 0
-        done = 0 if done == order.batches else done
+        done = resume[1] if resume is not None and resume[0] == epoch and resume[1] < order.batches else 0
         self._position = (epoch, done)
         shares = (order.batch(k, self._rank, self._ranks) for k in range(done, order.batches))
         for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
@@ -91,7 +94,12 @@ class ZarrLoader:
                     f"this checkpoint was trained with {key} {state[key]}, here it is {mine[key]}: "
                     "open the snapshot it was trained on, or start a new run"
                 )
-        self._position = (int(state["epoch"]), int(state["delivered"]))
+        self._position = self._resume = (int(state["epoch"]), int(state["delivered"]))
+
+    def _own_epoch(self) -> int:
+        """The epoch after the last one that was read to its end."""
+        epoch, delivered = self._position
+        return epoch + 1 if delivered == len(self) else epoch
 
     def _batch(self, slot: Slot) -> Batch:
         return {

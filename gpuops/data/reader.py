@@ -205,7 +205,7 @@ class Reader:
                 raise IntegrityError(f"{name}: chunk {key} is missing: ingest it again, or hold its samples out")
             try:
                 _decode_rows(self._layouts[name], chunk, data, records[name], slabs[name])
-            except (ValueError, RuntimeError) as error:
+            except ValueError as error:
                 raise IntegrityError(
                     f"{name}: inner chunk {chunk} in {key} is damaged ({error}): restore that object or ingest it again"
                 ) from error
@@ -251,7 +251,7 @@ def _decode_rows(
     first = chunk[0] * place.chunk[0]
     low, high = np.searchsorted(records, (first, first + place.chunk[0]))
     if place.chunk == (1, *slab.shape[1:]):
-        place.decode(data, slab[low])
+        place.decode(data, slab[low : low + 1])  # a slice, because a record of a one-dimensional array is a scalar
         return
     decoded = np.empty(place.chunk, slab.dtype)
     place.decode(data, decoded)

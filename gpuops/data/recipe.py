@@ -29,7 +29,7 @@ class VariableRecipe:
     offset: float = 0.0
     """Physical value of stored 0."""
     missing: int | None = None
-    """Stored value that means "no data"."""
+    """Stored value that means "no data"; in float sources it is stored as NaN."""
     fill: float | None = None
     """Physical value that training and serving put in the place of missing data."""
     unit: str = "1"
@@ -104,7 +104,7 @@ def load_recipe(path: str | Path, url: str | None = None) -> Recipe:
     try:
         config = parser.parse_path(str(file))
         recipe = parser.instantiate(config)
-    except (jsonargparse.ArgumentError, TypeError) as error:
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"recipe {file}: {' '.join(str(error).split())}") from error
     return Recipe(**{**vars(recipe), "url": url or recipe.url})
 
@@ -132,9 +132,11 @@ def open_array(url: str) -> Any:
         file = h5py.File(path, "r")
     except OSError as error:
         raise InputError(f"{path} is truncated or not HDF5 ({error}): fetch it again") from error
+    dataset = dataset.strip("/")
     names: list[str] = []
     file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
     if dataset not in names:
+        file.close()
         raise InputError(f"{path} has no dataset {dataset!r}; it has {', '.join(names) or 'none'}: mend the recipe")
     return file[dataset]
 
@@ -142,7 +144,10 @@ def open_array(url: str) -> Any:
 def _package_file(url: str) -> Path:
     """The file behind `package://NAME/PATH`, found without importing the package."""
     name, _, inside = url.removeprefix("package://").partition("/")
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):  # the parent of a dotted name, or no name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"package {name!r} is not installed: pip install {name}")
     return Path(spec.submodule_search_locations[0]) / inside

@@ -99,7 +99,11 @@ class SampleSpec:
     """The moving window, if samples are windows."""
 
     def __post_init__(self) -> None:
+        if self.window is not None and self.window.length < 1:
+            raise InputError(f"a window of {self.window.length} steps has none: give a length of at least 1")
         for field in self.fields():
+            if field.at == ():
+                raise InputError(f"variable {field.variable!r} takes no step: leave `at` out to take the whole record")
             if field.at is not None and self.window is None:
                 raise InputError(f"variable {field.variable!r} takes steps {field.at} of a window: declare `window`")
             if field.at is not None and not all(0 <= step < self.window.length for step in field.at):  # type: ignore[union-attr]
@@ -172,7 +176,13 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
             that does not fit.
     """
     window = spec.window
-    whole = [source.variable(f.variable) for f in spec.fields() if not _coordinate(source.variable(f.variable), window)]
+    variables = [source.variable(field.variable) for field in spec.fields()]
+    dims = {dim for variable in variables for dim in variable.dims}
+    if window is not None and window.dim not in dims:
+        raise InputError(
+            f"window dimension {window.dim!r} does not exist; the variables have {', '.join(sorted(dims))}"
+        )
+    whole = [variable for variable in variables if not _coordinate(variable, window)]
     if not whole:
         raise InputError("no declared variable has a sample axis: declare at least one that is not a coordinate")
     sample_dim = whole[0].dims[0]
@@ -182,11 +192,6 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
                 f"{variable.name!r} has sample axis {variable.dims[0]} ({variable.array.shape[0]}), "
                 f"{whole[0].name!r} has {sample_dim} ({whole[0].array.shape[0]}): they must be aligned"
             )
-    dims = {dim for variable in whole for dim in variable.dims}
-    if window is not None and window.dim not in dims:
-        raise InputError(
-            f"window dimension {window.dim!r} does not exist; the variables have {', '.join(sorted(dims))}"
-        )
     along_samples = window is not None and window.dim == sample_dim
     if along_samples and window is not None and window.cyclic:
         raise InputError("a window along the sample axis cannot be cyclic: its ends are not neighbours")
@@ -201,12 +206,20 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
     starts = 1
     if window is not None and not along_samples:
         cuts = [cut for side in (inputs, targets) for fields in side.values() for cut in fields]
-        size = next(cut.size for cut in cuts if cut.along == "inside")
+        sizes = {cut.name: cut.size for cut in cuts if cut.along == "inside"}
+        if not sizes:
+            raise InputError(f"no field takes steps of the window along {window.dim!r}: give one of them `at`")
+        if len(set(sizes.values())) != 1:
+            raise InputError(f"variables differ in their length along the window's {window.dim!r}: {sizes}")
+        size = next(iter(sizes.values()))
         starts = size if window.cyclic else size - window.length + 1
-        if starts < 1 or window.length > size:
+        if window.length > size:
             raise InputError(f"a window of {window.length} does not fit in dimension {window.dim!r} of {size}")
     length = window.length if window is not None and along_samples else 1
-    return BoundSample(spec, whole[0].array.shape[0], starts, length, inputs, targets)
+    records = whole[0].array.shape[0]
+    if length > records:
+        raise InputError(f"a window of {length} does not fit in dimension {sample_dim!r} of {records}")
+    return BoundSample(spec, records, starts, length, inputs, targets)
 
 
 def _coordinate(variable: Variable, window: Window | None) -> bool:

@@ -7,6 +7,7 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.codecs import ShardingCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 
 from gpuops.errors import InputError, IntegrityError
@@ -32,7 +33,7 @@ Filter = Callable[..., Any]
 """One step of a codec chain: (encoded, out=None) to decoded bytes, in `out` where it is given."""
 
 _ABSENT = np.uint64(2**64 - 1)
-_CHECKSUMMED = ("crc32c", "zstd+checksum", "blosc2", "fletcher32", "adler32", "crc32")
+_CHECKSUMMED = ("crc32c", "zstd+checksum", "gzip", "zlib", "bz2", "fletcher32", "adler32", "crc32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +72,21 @@ class Layout:
         return f"{self.array.path}/{name}".lstrip("/"), int(np.ravel_multi_index(inner, per))
 
     def decode(self, encoded: Bytes, out: npt.NDArray[Any]) -> None:
-        """Decode one inner chunk into `out` [*chunk], C-contiguous, of the array's dtype."""
+        """Decode one inner chunk into `out` [*chunk], C-contiguous, of the array's dtype.
+
+        Raises:
+            ValueError: the bytes are damaged, or do not make exactly one chunk.
+        """
         flat = out.reshape(-1).view(np.uint8)
-        if not self.filters:
-            flat[:] = encoded
-            return
-        *earlier, last = self.filters
+        assert np.may_share_memory(flat, out), "out must be a contiguous array, not a copy of one"
+        *earlier, last = self.filters or (_copy,)
         data: Any = encoded
-        for step in earlier:
-            data = step(data)
-        last(data, flat)
+        try:
+            for step in earlier:
+                data = step(data)
+            last(data, flat)
+        except Exception as error:  # each codec raises its library's own: zlib.error, EOFError, BadGzipFile, ...
+            raise ValueError(str(error) or type(error).__name__) from error
 
 
 def layout(array: zarr.Array[Any]) -> Layout:
@@ -92,12 +98,19 @@ def layout(array: zarr.Array[Any]) -> Layout:
                 f"{array.path}: Fortran order, filters and big-endian v2 arrays are not read: re-ingest it"
             )
         compressor = metadata.compressor
-        chain = [] if compressor is None else [(compressor.codec_id, compressor.decode)]
+        chain = [] if compressor is None else [_numcodecs_filter(compressor)]
         return _layout(array, array.chunks, None, True, chain)
     codecs, index_at_end = metadata.codecs, True
     if isinstance(codecs[0], ShardingCodec):
-        index_at_end = codecs[0].index_location.value == "end"
-        codecs = codecs[0].codecs
+        sharding = codecs[0]
+        index = [codec.to_dict()["name"] for codec in sharding.index_codecs]
+        if len(codecs) > 1 or index != ["bytes", "crc32c"]:
+            raise InputError(
+                f"{array.path}: shards that are encoded again as a whole, or whose index is not plain bytes with a "
+                "crc32c, are not read in place: re-ingest it with `gpuops ingest`"
+            )
+        index_at_end = sharding.index_location.value == "end"
+        codecs = sharding.codecs
     documents: list[dict[str, Any]] = [codec.to_dict() for codec in codecs]
     if documents[0]["name"] != "bytes" or (documents[0].get("configuration") or {}).get("endian") == "big":
         raise InputError(
@@ -121,14 +134,67 @@ def _filter(path: str, codec: dict[str, Any]) -> tuple[str, Filter]:
     name, configuration = codec["name"], codec.get("configuration") or {}
     match name:
         case "zstd":
-            return "zstd+checksum" if configuration.get("checksum") else "zstd", numcodecs.Zstd().decode
+            return "zstd+checksum" if configuration.get("checksum") else "zstd", _zstd
         case "blosc":
-            return name, numcodecs.Blosc().decode
+            return name, _blosc
         case "gzip":
-            return name, numcodecs.GZip().decode
+            return name, _whole(numcodecs.GZip().decode)
         case "crc32c":
             return name, _strip_crc32c
     raise InputError(f"{path}: codec {name!r} is not read in place: re-ingest it with `gpuops ingest`")
+
+
+def _numcodecs_filter(compressor: Any) -> tuple[str, Filter]:
+    """The v2 compressor as a step of a chain."""
+    match compressor.codec_id:
+        case "zstd":
+            return "zstd+checksum" if getattr(compressor, "checksum", False) else "zstd", _zstd
+        case "blosc":
+            return "blosc", _blosc
+    return compressor.codec_id, _whole(compressor.decode)
+
+
+def _copy(data: Any, out: Bytes | None = None) -> Bytes:
+    """The bytes as they are, copied to `out`, which they must fill."""
+    body = np.frombuffer(data, np.uint8)
+    if out is not None:
+        if body.size != out.size:  # NumPy would broadcast one byte over all of them
+            raise ValueError(f"{body.size} bytes where {out.size} belong")
+        out[:] = body
+    return body
+
+
+def _whole(decode: Callable[[Any], Any]) -> Filter:
+    """A codec that is not trusted with `out`: numcodecs leaves the rest of a buffer that is too large as it was."""
+    return lambda data, out=None: _copy(decode(data), out)
+
+
+def _zstd(data: Any, out: Bytes | None = None) -> Any:
+    """Zstandard, straight into `out` where the frame says that it fills it."""
+    if out is None or _zstd_size(data) != out.size:
+        return _copy(numcodecs.Zstd().decode(data), out)
+    return numcodecs.Zstd().decode(data, out)
+
+
+def _zstd_size(data: Any) -> int | None:
+    """Size of the content that a frame's header records, None if it does not: RFC 8878, section 3.1.1.1."""
+    header = bytes(memoryview(data)[:18])
+    if len(header) < 6 or header[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    single_segment, flag = header[4] >> 5 & 1, header[4] >> 6
+    width = (single_segment, 2, 4, 8)[flag]
+    first = 5 + (1 - single_segment) + (0, 1, 2, 4)[header[4] & 3]
+    if width == 0 or len(header) < first + width:
+        return None
+    return int.from_bytes(header[first : first + width], "little") + (256 if width == 2 else 0)
+
+
+def _blosc(data: Any, out: Bytes | None = None) -> Any:
+    """Blosc, once its header agrees with what is there: the library reads past the end of a cut buffer."""
+    _, size, _, encoded = struct.unpack("<4siii", bytes(memoryview(data)[:16]).ljust(16, b"\0"))
+    if encoded != len(data) or (out is not None and size != out.size):
+        raise ValueError(f"a blosc frame of {encoded} bytes that makes {size}, in {len(data)}")
+    return numcodecs.Blosc().decode(data, out)
 
 
 def _strip_crc32c(data: Any, out: Bytes | None = None) -> Bytes:
@@ -137,15 +203,31 @@ def _strip_crc32c(data: Any, out: Bytes | None = None) -> Bytes:
     body, recorded = array[:-4], int.from_bytes(array[-4:].tobytes(), "little")
     if google_crc32c.value(body.tobytes()) != recorded:
         raise ValueError("checksum differs")
-    if out is not None:
-        out[:] = body
-    return body
+    return _copy(body, out)
 
 
 def read_ranges(store: Store, requests: Iterable[tuple[str, ByteRequest | None]]) -> list[Bytes | None]:
-    """Bytes of several key ranges in one call to the store; None for a key that is not there."""
-    buffers = sync(store.get_partial_values(default_buffer_prototype(), list(requests)))
+    """Bytes of several key ranges in one call to the store; None for a key that is not there.
+
+    Raises:
+        IntegrityError: the store does not give a key's bytes up; the message names the key.
+    """
+    listed, prototype = list(requests), default_buffer_prototype()
+    try:
+        buffers = sync(store.get_partial_values(prototype, listed))
+    except Exception:  # one absent key or cut object fails the whole call, in each store's own way: ask one by one
+        buffers = [_read_one(store, key, where) for key, where in listed]
     return [None if buffer is None else np.frombuffer(buffer.to_bytes(), np.uint8) for buffer in buffers]
+
+
+def _read_one(store: Store, key: str, where: ByteRequest | None) -> Buffer | None:
+    try:
+        return sync(store.get(key, default_buffer_prototype(), where))
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        reason = " ".join(str(error).splitlines()[:1]).strip()
+        raise IntegrityError(f"{key} cannot be read ({reason}): restore that object or ingest it again") from error
 
 
 class ShardIndexes:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import obstore.exceptions
+import obstore.store
 import zarr
 import zarr.abc.store
 from zarr.core.sync import sync
@@ -60,7 +62,7 @@ class Source:
     fingerprint: str
     """sha256 over array metadata and content: what enters the order and the version id."""
     weak: bool
-    """True where the fingerprint rests on names, sizes and times, because the store holds no digests."""
+    """True where the fingerprint rests on metadata, names and sizes, because the store holds no digests."""
     variables: Mapping[str, Variable]
     """Arrays by name, coordinates included."""
 
@@ -84,7 +86,8 @@ class Source:
         """Physical values, missing data as NaN, and named dimensions (lazy)."""
         import xarray as xr
 
-        dataset: xr.Dataset = xr.open_zarr(self.store, consolidated=False)
+        # Without the last argument a variable in hours or seconds would become a time difference.
+        dataset: xr.Dataset = xr.open_zarr(self.store, consolidated=False, decode_timedelta=False)
         return dataset
 
 
@@ -100,10 +103,7 @@ def open(url: str | Path, snapshot: str | None = None) -> Source:
     """
     url = str(url)
     if "://" in url:
-        import obstore.store
-
-        store: zarr.abc.store.Store = zarr.storage.ObjectStore(obstore.store.from_url(url), read_only=True)
-        kind = "zarr"
+        store, kind = _object_store(url), "zarr"
     else:
         path = Path(url)
         if not path.exists():
@@ -117,6 +117,8 @@ def open(url: str | Path, snapshot: str | None = None) -> Source:
         raise InputError(f"{url} is plain Zarr, which has no snapshots: leave the snapshot out")
     try:
         group = zarr.open_group(store, mode="r")
+    except obstore.exceptions.BaseError as error:
+        raise _not_opened(url, error) from error
     except (FileNotFoundError, ValueError, NotADirectoryError, KeyError) as error:
         raise InputError(
             f"{url} is not a Zarr group (no zarr.json or .zgroup): `gpuops ingest` makes one from HDF5 or NetCDF"
@@ -180,6 +182,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if isinstance(value, str | int | bool | None) else repr(value)
+
+
+def _object_store(url: str) -> zarr.abc.store.Store:
+    try:
+        return zarr.storage.ObjectStore(obstore.store.from_url(url), read_only=True)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise _not_opened(url, error) from error
+
+
+def _not_opened(url: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0]
+    return InputError(f"{url} cannot be opened ({reason}): check the URL (s3://, gs://, az://, file://) and the access")
 
 
 def _icechunk(path: Path, snapshot: str | None) -> tuple[zarr.abc.store.Store, str]:

@@ -7,6 +7,7 @@ variances", 1979.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ def describe(stored: npt.NDArray[Any], scale: float, offset: float, missing: int
         data &= flat != missing
     values = np.where(data, flat, 0).astype(np.float64)
     count = data.sum(axis=2, dtype=np.float64)
-    mean = values.sum(axis=2) / np.maximum(count, 1)
-    m2 = (np.where(data, values - mean[..., None], 0) ** 2).sum(axis=2)
+    with np.errstate(invalid="ignore"):  # infinities, which a quality rule reports with their place
+        mean = values.sum(axis=2) / np.maximum(count, 1)
+        m2 = (np.where(data, values - mean[..., None], 0) ** 2).sum(axis=2)
     low = np.where(data, values, np.inf).min(axis=2, initial=np.inf)
     high = np.where(data, values, -np.inf).max(axis=2, initial=-np.inf)
     some = count > 0
@@ -82,7 +84,9 @@ def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...],
     if cut.along == "inside" or cut.shape[0] % len(merged):
         merged = merge(merged)[None]
     elif len(merged) > 1:
-        merged = np.tile(merged, (cut.shape[0] // len(merged), 1))
+        # Channels are [steps, first axis of a record, further axes]: statistics know the first axis alone.
+        further = math.prod(variable.array.shape[2:-2])
+        merged = np.tile(np.repeat(merged, further, axis=0), (cut.shape[0] // (len(merged) * further), 1))
     count, mean, m2 = merged[:, 0], merged[:, 1], merged[:, 2]
     if not count.all():
         raise InputError(f"{variable.name!r} holds no data in the training split: widen the split or drop the variable")

@@ -54,6 +54,10 @@ class Clip:
     low: float | None = None
     high: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and not self.low <= self.high:
+            raise InputError(f"clip to [{self.low}, {self.high}] leaves nothing: give the smaller bound first")
+
 
 @dataclass(frozen=True, slots=True)
 class Normalize:
@@ -98,6 +102,16 @@ class Part:
     steps: tuple[Step, ...] = ()
     """Steps in order; none passes the stored values through, for indices that a model embeds."""
 
+    def __post_init__(self) -> None:
+        if any(isinstance(step, Unpack) for step in self.steps[1:]):
+            raise InputError(f"variable {self.name!r}: unpack takes stored values, so it can only be the first step")
+        for step in self.steps:
+            if isinstance(step, Normalize) and {len(step.mean), len(step.std)} - {1, self.channels}:
+                raise InputError(
+                    f"variable {self.name!r} has {self.channels} channels, its normalize step {len(step.mean)} means "
+                    f"and {len(step.std)} standard deviations: give one, or one a channel"
+                )
+
     def fold(self) -> Coefficients:
         """Coefficients of these channels; folded in float64, rounded once to float32."""
         ones = np.ones(self.channels)
@@ -110,7 +124,7 @@ class Part:
                     if step.missing is not None:
                         value, flag = step.missing, True
                 case Fill():
-                    fill = step.value * ones
+                    fill = np.where(np.isnan(fill), step.value, fill)  # an earlier Fill left nothing missing
                 case Clip():
                     bounds = (-np.inf if step.low is None else step.low, np.inf if step.high is None else step.high)
                     low, high, fill = (np.clip(v, *bounds) for v in (low, high, fill))
@@ -215,8 +229,11 @@ def _step_from_json(document: Mapping[str, Any]) -> Step:
     kind = _STEPS.get(document["step"])
     if kind is None:
         raise InputError(f"unknown step {document['step']!r}; this gpuops knows {', '.join(_STEPS)}")
-    known = {f.name for f in fields(kind)}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in known}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k != "step"}
+    unknown = given.keys() - {f.name for f in fields(kind)}
+    if unknown:
+        raise InputError(f"step {document['step']!r} has {', '.join(sorted(unknown))}, which this gpuops does not know")
+    values: dict[str, Any] = given
     return kind(**values)
 
 

@@ -1,0 +1,26 @@
+"""A small atlas in HDF5, and the store that ingest makes of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# pytest's importlib mode leaves sys.path alone; this lets the test files of this folder share data_room.py.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from data_room import Atlas, make_recipe, write_atlas
+
+from gpuops.data.ingest import ingest
+from gpuops.data.source import Source
+
+
+@pytest.fixture(scope="session")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    """Arrays and the files that hold them."""
+    return write_atlas(tmp_path_factory.mktemp("atlas"))
+
+
+@pytest.fixture(scope="session")
+def store(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The atlas ingested once; read-only: a test that damages it copies it first."""
+    return ingest(make_recipe(atlas, tmp_path_factory.mktemp("store") / "atlas"))
