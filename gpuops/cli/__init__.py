@@ -91,7 +91,7 @@ def _parser() -> Any:
 
     sub = command("demo", "The main job on real data: ingest, train, export, serve, infer, report.", "gpuops demo")
     sub.add_argument("--out", default="out/demo", help="folder that everything is written to")
-    sub.add_argument("--ranks", type=int, default=2, help="training processes")
+    sub.add_argument("--ranks", type=int, help="training processes; one a GPU, 2 without one, if left out")
     sub.add_argument("--epochs", type=int, default=3, help="epochs of training")
     sub.add_argument("--tritonserver", help="path of the server's binary, if it is not found by itself")
     sub.add_argument(

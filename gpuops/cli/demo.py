@@ -9,7 +9,7 @@ from gpuops.cli.output import fields, say
 from gpuops.demo.job import copy_recipe, run_demo
 
 
-def demo(out: str, ranks: int, epochs: int, tritonserver: str | None, recipe: str | None) -> None:
+def demo(out: str, ranks: int | None, epochs: int, tritonserver: str | None, recipe: str | None) -> None:
     """Run the main job, or copy its recipe."""
     if recipe is not None:
         for file in copy_recipe(Path(recipe)):

@@ -201,7 +201,7 @@ def _strip_crc32c(data: Any, out: Bytes | None = None) -> Bytes:
     """The bytes before a trailing little-endian crc32c, after comparing it."""
     array = np.frombuffer(data, np.uint8)
     body, recorded = array[:-4], int.from_bytes(array[-4:].tobytes(), "little")
-    if google_crc32c.value(body.tobytes()) != recorded:
+    if google_crc32c.value(body) != recorded:
         raise ValueError("checksum differs")
     return _copy(body, out)
 

@@ -34,13 +34,13 @@ def copy_recipe(destination: Path) -> list[Path]:
 
 
 def run_demo(
-    out: Path, *, ranks: int, epochs: int, tritonserver: str | None, say: Callable[[str], None]
+    out: Path, *, ranks: int | None, epochs: int, tritonserver: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Ingest, train, export, verify, deploy, serve, infer and report; returns what `summary.json` holds.
 
     Args:
         out: folder that everything is written to; what an earlier demo left there is replaced.
-        ranks: training processes.
+        ranks: training processes; one a GPU, 2 without one, if None.
         epochs: epochs of training.
         tritonserver: path of the server's binary, or None.
         say: told each command before it runs.
@@ -49,6 +49,7 @@ def run_demo(
         GpuopsError: a stage failed; its own message went to stderr.
         IntegrityError: the forecast does not beat both baselines.
     """
+    ranks = ranks or _default_ranks()
     job = _Job(out, say)
     for left in ("run", "repository", "report.html", "summary.json", "ledger.sqlite"):
         _remove(out / left)
@@ -182,6 +183,12 @@ def _check_skill(train: Mapping[str, Any]) -> None:
     for rival in ("persistence_rmse", "extrapolation_rmse"):
         if not train["val_rmse"] < train[rival]:
             raise IntegrityError(f"held-out error {train['val_rmse']:.3f} does not beat {rival} {train[rival]:.3f}")
+
+
+def _default_ranks() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2
 
 
 def _remove(path: Path) -> None:
