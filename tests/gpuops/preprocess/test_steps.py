@@ -229,7 +229,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 
 def test_tensors_that_no_single_launch_could_make() -> None:
-    with pytest.raises(InputError, match="'x' mixes stored dtypes .*'v': 'uint8', 'w': 'int16'"):
+    with pytest.raises(InputError, match=r"'x' mixes stored dtypes .*'v': 'uint8', 'w': 'int16'"):
         Preprocess({"x": (part(Unpack()), Part("w", 1, "int16", (Unpack(),)))})
     with pytest.raises(InputError, match="'x' mixes raw and preprocessed"):
         Preprocess({"x": (part(Unpack()), Part("w", 1, "uint8"))})
