@@ -160,8 +160,8 @@ def environment_identity() -> dict[str, Any]:
     installed: dict[str, metadata.Distribution] = {}
     for distribution in metadata.distributions():
         # A half-removed package has a folder and no metadata; the first of a name on sys.path is the one imported.
-        if "Name" in distribution.metadata:
-            installed.setdefault(_normal(distribution.metadata["Name"]), distribution)
+        if name := _name(distribution):
+            installed.setdefault(_normal(name), distribution)
     environment: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     names: set[str] = set(installed)
     if "gpuops" in installed:
@@ -279,6 +279,17 @@ def _git(folder: Path, *arguments: str) -> bytes:
         command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, timeout=_GIT_TIMEOUT_S, check=True
     )
     return done.stdout
+
+
+def _name(distribution: metadata.Distribution) -> str | None:
+    """Name of a distribution; None if its metadata is gone.
+
+    The backport importlib_metadata, once anything imports it, answers for the standard library and raises there.
+    """
+    try:
+        return distribution.metadata["Name"] if "Name" in distribution.metadata else None
+    except FileNotFoundError:
+        return None
 
 
 def _normal(name: str) -> str:
