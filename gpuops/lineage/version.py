@@ -287,9 +287,12 @@ def _name(distribution: metadata.Distribution) -> str | None:
     The backport importlib_metadata, once anything imports it, answers for the standard library and raises there.
     """
     try:
-        return distribution.metadata["Name"] if "Name" in distribution.metadata else None
+        found = distribution.metadata
     except FileNotFoundError:
         return None
+    if "Name" not in found:
+        return None
+    return found["Name"]
 
 
 def _normal(name: str) -> str:
