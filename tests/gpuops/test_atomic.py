@@ -60,3 +60,37 @@ def test_a_kill_leaves_the_destination_as_it_was(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert os.listdir(target) == []
+    assert len(os.listdir(tmp_path)) == 2
+    with new_directory(target, overwrite=True) as directory:  # the next one clears up
+        (directory / "file").touch()
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_a_living_process_keeps_its_directory(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "a", overwrite=True) as first:
+        with new_directory(tmp_path / "a", overwrite=False) as second:
+            assert first.exists()
+            (second / "file").write_text("second")
+        assert first.exists()
+        (first / "file").write_text("first")
+    assert (tmp_path / "a" / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_slower_of_two_does_not_overwrite(tmp_path: Path) -> None:
+    def slower() -> None:
+        with new_directory(tmp_path / "a", overwrite=False):
+            (tmp_path / "a").mkdir()
+
+    with pytest.raises(InputError, match="--overwrite"):
+        slower()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".a.replaced").mkdir()
+    (tmp_path / ".a.replaced" / "file").write_text("old")
+    with pytest.raises(InputError, match="--overwrite"), new_directory(tmp_path / "a", overwrite=False):
+        pytest.fail("the block ran")
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
