@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,14 +195,18 @@ def _write_all(
     blocks: list[Block], arrays: Mapping[str, zarr.Array[Any]], progress: Callable[[int, int], None] | None
 ) -> list[Written]:
     """Every shard of every variable, one Dask task each, on local threads."""
-    import dask.config
-    import dask.system
     from dask.base import compute
     from dask.callbacks import Callback
     from dask.delayed import delayed
 
     total = sum(math.prod(block.shape) * block.dtype.itemsize for block in blocks)
     done = 0
+    at_work = _AtWork()
+
+    def write(*arguments: Any) -> Written:
+        with at_work.one():
+            return _write_shard(*arguments)
+
     tasks = []
     for block in blocks:
         shards = arrays[block.name].shards
@@ -209,7 +214,7 @@ def _write_all(
         per_shard = shards[0]
         for shard in range(-(-block.shape[0] // per_shard)):
             last = min((shard + 1) * per_shard, block.shape[0])
-            tasks.append(delayed(_write_shard)(block, arrays[block.name], shard, shard * per_shard, last))
+            tasks.append(delayed(write)(block, arrays[block.name], shard, shard * per_shard, last))
 
     class Reporter(Callback):
         def _posttask(self, key: Any, result: Any, dsk: Any, state: Any, worker_id: Any) -> None:
@@ -219,11 +224,43 @@ def _write_all(
                 if progress is not None:
                     progress(done, total)
 
-    # A pool of its own, because leaving it waits for tasks that are still writing when another one fails: the
-    # directory is removed then, and Dask's shared pool would write on into it.
-    threads = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
-    with ThreadPoolExecutor(threads, "gpuops-ingest") as pool, Reporter():  # type: ignore[no-untyped-call]
-        return list(compute(*tasks, scheduler="threads", pool=pool))
+    try:
+        with Reporter():  # type: ignore[no-untyped-call]
+            return list(compute(*tasks, scheduler="threads"))
+    finally:
+        at_work.stop()
+
+
+class _AtWork:
+    """Tasks that are running. The first failure or signal ends Dask's call, but not the tasks beside it.
+
+    A thread pool's own waiting is not enough: a signal that arrives while it starts a thread makes it forget that one.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._running = 0
+        self._stopped = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count the task in the block; refuse it after `stop`."""
+        with self._change:
+            if self._stopped:
+                raise RuntimeError("the ingest has ended")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._running -= 1
+                self._change.notify_all()
+
+    def stop(self) -> None:
+        """Return once no task runs and none will start, so that their directory can be removed."""
+        with self._change:
+            self._stopped = True
+            self._change.wait_for(lambda: self._running == 0)
 
 
 def _write_shard(block: Block, array: zarr.Array[Any], shard: int, first: int, last: int) -> Written:

@@ -223,8 +223,6 @@ def read_ranges(store: Store, requests: Iterable[tuple[str, ByteRequest | None]]
 def _read_one(store: Store, key: str, where: ByteRequest | None) -> Buffer | None:
     try:
         return sync(store.get(key, default_buffer_prototype(), where))
-    except FileNotFoundError:
-        return None
     except Exception as error:
         reason = " ".join(str(error).splitlines()[:1]).strip()
         raise IntegrityError(f"{key} cannot be read ({reason}): restore that object or ingest it again") from error

@@ -86,7 +86,7 @@ class Source:
         """Physical values, missing data as NaN, and named dimensions (lazy)."""
         import xarray as xr
 
-        # Without the last argument a variable in hours or seconds would become a time difference.
+        # Some versions of xarray make time differences of a variable in hours or seconds, unless they are told not to.
         dataset: xr.Dataset = xr.open_zarr(self.store, consolidated=False, decode_timedelta=False)
         return dataset
 

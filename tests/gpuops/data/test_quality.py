@@ -15,10 +15,13 @@ def block() -> np.ndarray:
     return stored
 
 
-def test_a_block_that_keeps_its_rules() -> None:
+@pytest.mark.parametrize("missing", [0, 255])
+def test_a_block_that_keeps_its_rules(missing: int) -> None:
     stored = block()
-    stored[1, 1, 1] = 255  # missing: no value that a bound could be held against
-    assert check("a", stored, 0, Rules(valid_min=20, valid_max=20.5, allow_constant=False), PACKING) == []
+    stored[1, 1, 1] = missing  # no value that a bound could be held against
+    rules = Rules(valid_min=20, valid_max=20.5, allow_constant=False)
+    assert check("a", stored, 0, rules, (0.5, -10.0, missing)) == []
+    assert len(check("a", stored, 0, rules, (0.5, -10.0, None))) == 1
 
 
 @pytest.mark.parametrize(("rules", "rule"), [(Rules(valid_max=25), "valid_max 25"), (Rules(valid_min=15), "valid_min")])

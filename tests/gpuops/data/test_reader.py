@@ -81,7 +81,7 @@ def spec_of(where: str | None) -> SampleSpec:
     return SampleSpec({"x": [Field("a", at=steps)], "whole": [Field("b")]}, {"y": [Field("a", at=steps)]}, window)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(layouts())
 def test_slots_are_what_slicing_gives(case: dict[str, Any]) -> None:
     shape = case["shape"]

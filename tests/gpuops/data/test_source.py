@@ -130,11 +130,14 @@ def test_a_weak_fingerprint_follows_sizes_and_metadata(tmp_path: Path) -> None:
     assert fingerprint("e", renamed) != first
 
 
-def test_the_source_is_read_only(store: Source) -> None:
-    with pytest.raises(Exception, match=r"(?i)read.?only"):
-        store.group.create_group("more")
-    with pytest.raises(Exception, match=r"(?i)read.?only"):
-        store.variable("altitude").array[0] = 1
+def test_every_source_is_read_only(store: Source, tmp_path: Path) -> None:
+    dataset().to_zarr(tmp_path / "z", consolidated=False)
+    for source in (store, open(tmp_path / "z"), open(f"file://{tmp_path / 'z'}")):
+        assert source.store.read_only
+        with pytest.raises(Exception, match=r"(?i)read.?only"):
+            source.group.create_group("more")
+        with pytest.raises(Exception, match=r"(?i)read.?only"):
+            next(iter(source.variables.values())).array[0] = 1
 
 
 def test_snapshots_newest_first_and_each_can_be_opened(atlas: Atlas, tmp_path: Path) -> None:
