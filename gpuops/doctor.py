@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from gpuops.energy.sensor import open_sensor
 from gpuops.errors import GpuopsError
+from gpuops.spec import DTYPES
 
 _EXTRAS = {
     "data": ("zarr", "numcodecs", "icechunk", "xarray", "dask", "h5py"),
@@ -59,6 +60,9 @@ def store(url: str) -> list[Finding]:
         except GpuopsError as error:
             findings.append(Finding("bad", name, str(error)))
             continue
+        if (dtype := str(variable.array.dtype)) not in DTYPES:
+            detail = f"stored as {dtype}, which no kernel reads: `gpuops train` takes {', '.join(DTYPES)}"
+            findings.append(Finding("note", name, detail))
         if not place.checksummed:
             detail = "no checksum on inner chunks: corruption cannot be seen; `gpuops ingest` writes them"
             findings.append(Finding("note", name, detail))

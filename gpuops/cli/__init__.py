@@ -133,7 +133,7 @@ def _parser() -> Any:
     sub.add_argument("--formats", default="pt2,onnx", help="formats, separated by commas")
     sub.add_argument("--name", help="name to serve it under; the model class's if left out")
     sub.add_argument("--max-batch", type=int, default=32, help="largest batch served")
-    sub.add_argument("--tolerance", type=float, default=1e-5, help="largest difference allowed, physical units")
+    sub.add_argument("--tolerance", type=float, help="largest difference allowed, physical units; rounding if left out")
     flag(sub, "--overwrite", "replace the bundle that is there, once the new one is proved")
     flag(sub, "--json", "print JSON")
     ledger(sub)

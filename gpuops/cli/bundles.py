@@ -9,7 +9,14 @@ from gpuops.lineage.ledger import Ledger, ledger_path
 
 
 def export(
-    run: str, bundle: str, formats: str, name: str | None, max_batch: int, tolerance: float, overwrite: bool, json: bool
+    run: str,
+    bundle: str,
+    formats: str,
+    name: str | None,
+    max_batch: int,
+    tolerance: float | None,
+    overwrite: bool,
+    json: bool,
 ) -> None:
     """Export a run and tell the ledger."""
     from gpuops.export.bundling import export as run_export

@@ -81,6 +81,8 @@ def _rmse(sample: BoundSample, slot: Slot, answers: dict[str, npt.NDArray[Any]])
     for name, cuts in sample.targets.items():
         spec = cuts[0].spec
         stored = slot.targets[name]
+        if answers[name].shape != stored.shape:
+            raise IntegrityError(f"{name!r} was answered as {answers[name].shape}, the store holds {stored.shape}")
         difference = answers[name] - (stored.astype(np.float64) * spec.scale + spec.offset)
         if spec.missing is not None:
             difference = difference[stored != spec.missing]

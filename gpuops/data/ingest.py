@@ -10,6 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,8 @@ def _write_all(
     blocks: list[Block], arrays: Mapping[str, zarr.Array[Any]], progress: Callable[[int, int], None] | None
 ) -> list[Written]:
     """Every shard of every variable, one Dask task each, on local threads."""
+    import dask.config
+    import dask.system
     from dask.base import compute
     from dask.callbacks import Callback
     from dask.delayed import delayed
@@ -224,9 +227,11 @@ def _write_all(
                 if progress is not None:
                     progress(done, total)
 
+    # A pool of its own, because Dask's lasts as long as the process and its threads could keep that from ending.
+    threads = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
     try:
-        with Reporter():  # type: ignore[no-untyped-call]
-            return list(compute(*tasks, scheduler="threads"))
+        with ThreadPoolExecutor(threads, "gpuops-ingest") as pool, Reporter():  # type: ignore[no-untyped-call]
+            return list(compute(*tasks, scheduler="threads", pool=pool))
     finally:
         at_work.stop()
 

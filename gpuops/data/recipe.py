@@ -116,6 +116,8 @@ def open_array(url: str) -> Any:
         InputError: a missing package or file, a truncated file, or no such dataset; the message lists what there is.
     """
     location, _, dataset = url.partition("#")
+    if not dataset and location.endswith((".h5", ".hdf5", ".nc", ".nc4")):
+        raise InputError(f"source {url} names no dataset: write FILE#DATASET")
     path = _package_file(location) if location.startswith("package://") else Path(location)
     if not path.exists():
         raise InputError(f"source {path} does not exist: mend `source: {url}` in the recipe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,9 @@ from gpuops.export.verify import verify_format
 from gpuops.lineage.version import version_id, weights_identity
 
 TOLERANCE = 1e-5
-"""Largest absolute difference from the training pipeline's answers, in physical units."""
+"""Smallest default for the largest absolute difference from the training pipeline's answers, in physical units."""
+ROUNDINGS = 4
+"""float32 roundings that the default allows at the largest golden answer: 1e-5 K does not exist at 300 K."""
 
 
 def export(
@@ -26,7 +29,7 @@ def export(
     formats: Sequence[str] = tuple(FORMAT_FILES),
     name: str | None = None,
     max_batch: int = 32,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -38,7 +41,8 @@ def export(
         formats: of `gpuops.bundle.FORMAT_FILES`.
         name: name to serve it under; the model class's, lower case, if None.
         max_batch: largest batch served.
-        tolerance: largest absolute difference allowed, in physical units.
+        tolerance: largest absolute difference allowed, in physical units; if None, `TOLERANCE` or `ROUNDINGS` at the
+            largest golden answer, whichever is larger.
         overwrite: replace the bundle that is there, once the new one is proved.
         say: told what is being done.
 
@@ -54,6 +58,9 @@ def export(
         say(f"golden answers of {type(loaded.model).__name__} on held-out samples")
         vectors, ids = golden(loaded, graph)
         vectors.save(directory / GOLDEN)
+        if tolerance is None:
+            largest = max(float(np.nanmax(np.abs(answer))) for answer in vectors.outputs.values())
+            tolerance = max(TOLERANCE, ROUNDINGS * largest * float(np.finfo(np.float32).eps))
         say(f"writing {', '.join(formats)}")
         write(graph, vectors.inputs, graph.output_names, max_batch, directory, formats)
         weights = weights_identity(_weights(loaded.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 import warnings
@@ -75,8 +76,10 @@ def load_run(path: str | Path) -> Run:
     if not file.is_file():
         raise InputError(f"{root} holds no {RUN_FILE}: give the run directory (trainer.default_root_dir) of a fit")
     record = json.loads(file.read_text())
-    if record["status"] == "running" or not record["checkpoint"]:
-        raise InputError(f"{root} holds no finished fit with a checkpoint: train it to the end first")
+    if record["status"] == "running":
+        raise InputError(f"{root} holds no finished fit: train it to the end first")
+    if not record["checkpoint"]:
+        raise InputError(f"{root} saved no checkpoint (does its `monitor` exist? it needs a holdout): train it again")
     if record["sample"] is None:
         raise InputError(f"{root} was trained on data that gpuops did not read: its raw inputs are unknown")
     source = open(record["data"]["url"], record["data"]["snapshot"])
@@ -120,10 +123,29 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
         reader.close()
     with torch.no_grad():
         ready = graph.inputs.packed({name: torch.from_numpy(array) for name, array in slot.inputs.items()})
-        answer = graph.model(**ready)
+        answer = _call(graph.model, ready)
         by_name = answer if isinstance(answer, Mapping) else {graph.output_names[0]: answer}
+        if missing := set(graph.output_names) - by_name.keys():
+            raise InputError(f"forward did not answer {', '.join(sorted(missing))}: return a tensor for each target")
+        for spec in signature(run, 1).outputs:
+            if tuple(by_name[spec.name].shape[1:]) != spec.shape:
+                raise InputError(
+                    f"forward answered {spec.name!r} as {list(by_name[spec.name].shape[1:])} a sample, its target is "
+                    f"{list(spec.shape)}: return that shape"
+                )
         outputs = {name: graph.targets.physical(name, by_name[name]).numpy() for name in graph.output_names}
     return Golden(wire_inputs(run.sample, slot), outputs), [int(i) for i in ids]
+
+
+def _call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    takes = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if not anything and not tensors.keys() <= takes.keys():
+        raise InputError(
+            f"forward takes {', '.join(takes)}, the declared input tensors are {', '.join(tensors)}: "
+            "give its arguments the tensors' names"
+        )
+    return model(**tensors)
 
 
 def _load_model(root: Path, record: Mapping[str, Any]) -> nn.Module:
@@ -140,7 +162,19 @@ def _load_model(root: Path, record: Mapping[str, Any]) -> nn.Module:
     checkpoint = root / record["checkpoint"]
     if not checkpoint.is_file():
         raise InputError(f"checkpoint {checkpoint} does not exist: train again, or restore it")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning calls what jsonargparse deprecates
-        model: nn.Module = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=False)
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    # A module that does not save its hyperparameters is built from the config it was trained with.
+    arguments = {} if saved.get("hyper_parameters") else (described["init"] or {}).get("init_args") or {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning calls what jsonargparse deprecates
+            model: nn.Module = kind.load_from_checkpoint(
+                checkpoint, map_location="cpu", weights_only=False, **arguments
+            )
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{class_name} cannot be built again from {checkpoint} ({reason}): call self.save_hyperparameters() in its "
+            "__init__ and train again"
+        ) from error
     return model.eval()

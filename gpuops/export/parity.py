@@ -61,7 +61,7 @@ def sweep(
     if worst > tolerance:
         raise IntegrityError(
             f"answers differ from the training pipeline's by {worst:.3g} at batch {where}, allowed is {tolerance:g}: "
-            "do not serve it"
+            "do not serve it (or export with a larger --tolerance, if that is rounding)"
         )
     return Parity(worst, where, signature.max_batch, _refusals(infer, golden, signature))
 

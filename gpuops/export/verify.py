@@ -38,7 +38,7 @@ def verify_format(path: Path, format: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise IntegrityError(f"{path} ({format}): {reason}")
+        raise IntegrityError(f"{format}: {reason}")
     parity: dict[str, Any] = json.loads(done.stdout)
     return parity
 

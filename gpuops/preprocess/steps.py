@@ -158,7 +158,9 @@ class Preprocess:
         for tensor, parts in self.tensors.items():
             if len({part.dtype for part in parts}) != 1:
                 stored = {part.name: part.dtype for part in parts}
-                raise InputError(f"tensor {tensor!r} mixes stored dtypes {stored}: declare one tensor a dtype")
+                raise InputError(
+                    f"tensor {tensor!r} mixes stored dtypes {stored}: declare two tensors, and take both in forward"
+                )
             if any(part.steps for part in parts) and not all(part.steps for part in parts):
                 raise InputError(f"tensor {tensor!r} mixes raw and preprocessed variables: declare two tensors")
 

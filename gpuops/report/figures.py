@@ -25,18 +25,26 @@ Field = npt.NDArray[np.float64]
 
 
 def loss_curve(metrics: Path) -> str | None:
-    """Training loss by step, and the held-out error after each epoch, from metrics.csv."""
+    """train_loss by step, and val_rmse and val_loss after each epoch, those of them that metrics.csv has."""
     if not metrics.is_file():
         return None
     with metrics.open() as stream:
         rows = list(csv.DictReader(stream))
-    figure = _figure(9.5, 3.0)
-    columns = (("train_loss", "training loss, single batches", BLUE), ("val_rmse", "held-out RMSE, physical", ORANGE))
-    for axes, (column, title, color) in zip(figure.subplots(1, 2), columns, strict=True):
+    panels = []
+    for column, title, color in (
+        ("train_loss", "training loss, single batches", BLUE),
+        ("val_rmse", "held-out RMSE, physical", ORANGE),
+        ("val_loss", "held-out loss", ORANGE),
+    ):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
-        axes.set(xlabel="optimiser step", title=title, yscale="log" if column == "train_loss" else "linear")
+            panels.append((points, title, color))
+    if not panels:
+        return None
+    figure = _figure(4.75 * len(panels), 3.0)
+    for axes, (points, title, color) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
+        axes.set(xlabel="optimiser step", title=title, yscale="log" if color == BLUE else "linear")
     return _png(figure)
 
 
@@ -114,7 +122,7 @@ def _group(record: Mapping[str, Any], source: Source) -> tuple[npt.NDArray[np.in
     target = next(iter(record["sample"]["targets"].values()))[0]["variable"]
     rows = source.meta("stats", target)
     if by is None or rows is None:
-        return held[:4], f"records {held[:4].tolist()}"
+        return held[:1], f"record {held[0]}"
     labels = np.asarray(source.variable(by).array[:])[held]
     spread = np.asarray(rows[:])[held][..., 4].max(axis=1) - np.asarray(rows[:])[held][..., 3].min(axis=1)
     varied = {int(label): float(spread[labels == label].mean()) for label in np.unique(labels)}

@@ -45,7 +45,7 @@ def write_report(run: Path, destination: Path, *, bundle: Path | None, served: S
         raise InputError(f"{bundle} was exported from run {opened.manifest['run_id'][:12]}, not from {run}")
     sections = [
         _headline(record, opened),
-        _section("Skill", _image(skill_bars(record.get("metrics") or {})), _skill_note(record)),
+        _section("Skill", _image(skill_bars(_metrics(record))), _skill_note(record)),
         _section("Forecast over a held-out region", *_map(record, opened)),
         _section("Training", _image(loss_curve(run / "metrics.csv")), _reading(record)),
         _section("Parity with the training pipeline", _parity(opened, served)),
@@ -63,7 +63,7 @@ def write_report(run: Path, destination: Path, *, bundle: Path | None, served: S
 
 
 def _headline(record: Mapping[str, Any], bundle: Bundle | None) -> str:
-    metrics = record.get("metrics") or {}
+    metrics = _metrics(record)
     lead = ""
     if "val_rmse" in metrics:
         rivals = {k.removesuffix("_rmse"): v for k, v in metrics.items() if k.endswith("_rmse") and k != "val_rmse"}
@@ -76,12 +76,17 @@ def _headline(record: Mapping[str, Any], bundle: Bundle | None) -> str:
     )
 
 
+def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics that are numbers; the others were not finite."""
+    return {name: value for name, value in (record.get("metrics") or {}).items() if value is not None}
+
+
 def _model_name(record: Mapping[str, Any]) -> str:
     return str(record["model"]["class_path"]).rpartition(".")[2]
 
 
 def _skill_note(record: Mapping[str, Any]) -> str:
-    metrics = record.get("metrics") or {}
+    metrics = _metrics(record)
     if "val_rmse" not in metrics:
         return ""
     skills = [

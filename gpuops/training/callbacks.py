@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpuops.data.datamodule import ZarrDataModule
 from gpuops.energy.meter import Meter, Reading, sum_over_ranks
+from gpuops.errors import InputError
 from gpuops.lineage.ledger import Ledger, ledger_path
 from gpuops.lineage.version import (
     RUN_FILE,
@@ -59,13 +62,19 @@ class LineageCallback(Callback):
         self.config = config
         self._record: dict[str, Any] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a run directory that holds a run, before anything is written."""
+        root = Path(trainer.default_root_dir)
+        if stage == "fit" and (root / RUN_FILE).exists() and trainer.ckpt_path is None:
+            raise InputError(f"{root} holds a run: give the Trainer another default_root_dir, or a ckpt_path to go on")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the identity of the run before the first step."""
         if not trainer.is_global_zero:
             return
         model_file = inspect.getsourcefile(type(pl_module))
         module = None if model_file is None else Path(model_file).resolve()
-        config = self.config if self.config is not None else {"model": dict(pl_module.hparams)}
+        config = self.config if self.config is not None else _own_config(trainer, pl_module)
         identity = {
             "data": _data_identity(trainer),
             "code": code_identity(module, None),
@@ -103,7 +112,7 @@ class LineageCallback(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "samples_seen": _samples_seen(trainer),
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "metrics": {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()},
             "checkpoint": None if checkpoint is None else os.path.relpath(checkpoint, root),
             "energy": None if energy is None else energy.to_json(),
             "reading": counters,
@@ -112,6 +121,25 @@ class LineageCallback(Callback):
         with Ledger(ledger_path()) as ledger:
             kept = ("run_id", "status", "world_size", "epochs", "samples_seen", "metrics", "energy")
             ledger.append("run", {key: self._record[key] for key in kept} | {"data": self._record["identity"]["data"]})
+
+
+def _own_config(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What a script declared, where there is no config file."""
+    kept = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+    config: dict[str, Any] = {
+        "model": dict(pl_module.hparams),
+        "trainer": {name: getattr(trainer, name) for name in kept},
+    }
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, ZarrDataModule):
+        declared = {name: getattr(data, name) for name in ("global_batch", "seed", "dtype")}
+        config["data"] = {"sample": data.sample.to_json(), "holdout": data.holdout and asdict(data.holdout), **declared}
+    return config
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _samples_seen(trainer: Trainer) -> int | None:

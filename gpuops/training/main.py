@@ -19,7 +19,6 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from gpuops.errors import GpuopsError, InputError
-from gpuops.lineage.version import RUN_FILE
 from gpuops.training.callbacks import EnergyCallback, LineageCallback
 
 
@@ -34,16 +33,13 @@ class GpuopsCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuse a world that is not torchrun's and a run directory that holds a run; give lineage the config."""
+        """Refuse a world that is not torchrun's; give lineage the config."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if self.trainer.world_size != world:
             raise InputError(
                 f"the Trainer would train with {self.trainer.world_size} ranks and torchrun started {world}: leave "
                 "trainer.devices, trainer.num_nodes and trainer.strategy out of the config"
             )
-        root = Path(self.trainer.default_root_dir)
-        if (root / RUN_FILE).exists() and self._get(self.config, "ckpt_path") is None:
-            raise InputError(f"{root} holds a run: give another trainer.default_root_dir, or --ckpt_path to go on")
         config = self.config[self.subcommand].as_dict()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LineageCallback):

@@ -310,7 +310,7 @@ def _choose_ports(wanted: dict[str, int]) -> dict[str, int]:
     given = {flag: port for flag, port in wanted.items() if port}
     for flag, port in given.items():
         if list(given.values()).count(port) > 1 or not _is_free(port):
-            raise InputError(f"{flag} {port} is taken or no port: name another, or leave the flag out for a free one")
+            raise InputError(f"{flag} {port} is taken or no port: name another, or 0 for a free one")
     ports = dict(given)
     while len(ports) < len(wanted):
         # Below the range that the system gives to outgoing connections, which could take it before the server does.

@@ -1,5 +1,6 @@
 """A run becomes a bundle that answers as training does, in every format and without our package."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 import gpuops as go
 from gpuops.bundle import Golden, read_bundle
 from gpuops.errors import InputError, IntegrityError
+from gpuops.export.graph import golden as golden_answers
 from gpuops.export.graph import load_run, served_graph
 from gpuops.export.parity import sweep
 from gpuops.export.verify import verify
@@ -223,3 +225,25 @@ class TestSweep:
     def test_a_model_that_answers_bad_input_is_found(self) -> None:
         with pytest.raises(IntegrityError, match="answered instead of refused"):
             sweep(lambda inputs: {"y": inputs["x"].astype(np.float32)}, self.golden, self.signature, 1e-5)
+
+
+class Shapeless(torch.nn.Module):
+    """Answers without the channel axis that its target has."""
+
+    def forward(self, x: torch.Tensor, month: torch.Tensor) -> torch.Tensor:
+        return x[:, 0]
+
+
+class Misnamed(torch.nn.Module):
+    def forward(self, fields: torch.Tensor, month: torch.Tensor) -> torch.Tensor:
+        return fields[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(Shapeless(), r"answered 'y' as \[20, 20\] a sample"), (Misnamed(), "declared input tensors are x, month")],
+)
+def test_a_model_that_does_not_fit_the_declared_tensors(trained: Job, model: torch.nn.Module, message: str) -> None:
+    run = dataclasses.replace(load_run(trained.run), model=model)
+    with pytest.raises(InputError, match=message):
+        golden_answers(run, served_graph(run))
