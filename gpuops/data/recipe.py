@@ -116,8 +116,6 @@ def open_array(url: str) -> Any:
         InputError: a missing package or file, a truncated file, or no such dataset; the message lists what there is.
     """
     location, _, dataset = url.partition("#")
-    if not dataset and location.endswith((".h5", ".hdf5", ".nc", ".nc4")):
-        raise InputError(f"source {url} names no dataset: write FILE#DATASET")
     path = _package_file(location) if location.startswith("package://") else Path(location)
     if not path.exists():
         raise InputError(f"source {path} does not exist: mend `source: {url}` in the recipe")
@@ -139,7 +137,9 @@ def open_array(url: str) -> Any:
     file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
     if dataset not in names:
         file.close()
-        raise InputError(f"{path} has no dataset {dataset!r}; it has {', '.join(names) or 'none'}: mend the recipe")
+        raise InputError(
+            f"{path} has no dataset {dataset!r}; it has {', '.join(names) or 'none'}: mend the recipe (FILE#DATASET)"
+        )
     return file[dataset]
 
 
