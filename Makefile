@@ -20,7 +20,7 @@ demo: setup
 test: setup
 	@echo "== ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "== mypy"; $(BIN)/mypy
-	@echo "== import-linter"; $(BIN)/lint-imports --no-timings 2>/dev/null || $(BIN)/lint-imports
+	@echo "== import-linter"; $(BIN)/lint-imports
 	@echo "== pytest"; $(BIN)/pytest -q -m "not slow and not gpu" --durations=5
 
 test-slow: setup

@@ -26,7 +26,7 @@ def new_directory(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     parent, name = destination.parent, destination.name
     parent.mkdir(parents=True, exist_ok=True)
     replaced = parent / f".{name}.replaced"
-    with _locked(parent):
+    with locked(parent):
         if replaced.exists() and not destination.exists():
             os.replace(replaced, destination)  # killed between the two renames below
         _refuse_existing(destination, overwrite)
@@ -38,7 +38,7 @@ def new_directory(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         fcntl.flock(alive, fcntl.LOCK_EX)
     try:
         yield temporary
-        with _locked(parent):
+        with locked(parent):
             _refuse_existing(destination, overwrite)  # another process may have been faster
             if destination.exists():
                 os.replace(destination, replaced)
@@ -55,7 +55,7 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Hold a directory's lock; it ends with the process at the latest."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -12,7 +12,7 @@ from gpuops.bundle import read_bundle
 from gpuops.cli.output import fields, print_json
 from gpuops.data.reader import Reader, Slot, wire_inputs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
-from gpuops.data.source import open
+from gpuops.data.source import Source, open
 from gpuops.energy.sensor import open_sensor
 from gpuops.errors import InputError, IntegrityError
 from gpuops_serving.client import Client
@@ -36,9 +36,10 @@ def infer(
     with Client(server) as client:
         declared = dict(client.sample(model))
         golden_ids = declared.pop("golden_ids")
-        sample = bind(SampleSpec.from_json(declared), open(source))
+        opened = open(source)
+        sample = bind(SampleSpec.from_json(declared), opened)
         ids = np.array(golden_ids if samples is None else _spread(sample, samples), np.int64)
-        slot = _read(source, sample, ids)
+        slot = _read(opened, sample, ids)
         raw = wire_inputs(sample, slot)
         answers = client.infer(model, raw)
         report: dict[str, Any] = {
@@ -67,8 +68,8 @@ def _spread(sample: BoundSample, count: int) -> npt.NDArray[np.int64]:
     return every[np.linspace(0, len(every) - 1, min(count, len(every))).astype(np.int64)]
 
 
-def _read(url: str, sample: BoundSample, ids: npt.NDArray[np.int64]) -> Slot:
-    reader = Reader(open(url), sample)
+def _read(source: Source, sample: BoundSample, ids: npt.NDArray[np.int64]) -> Slot:
+    reader = Reader(source, sample)
     try:
         return reader.read(ids)
     finally:

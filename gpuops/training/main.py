@@ -58,7 +58,7 @@ def main() -> None:
         )
     except GpuopsError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"gpuops: error: {error}", file=sys.stderr)  # noqa: T201 - this is a command
+            sys.stderr.write(f"gpuops: error: {error}\n")
         raise SystemExit(error.exit_code) from None
 
 

@@ -10,7 +10,6 @@ Triton's stub leaves a `__pycache__` in a version folder; only the four files ar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from gpuops.atomic import new_directory
+from gpuops.atomic import locked, new_directory
 from gpuops.bundle import GOLDEN, MANIFEST, Bundle, Golden, file_sha256, read_bundle
 from gpuops.errors import InputError, IntegrityError
 from gpuops.spec import Signature, TensorSpec
@@ -167,7 +166,7 @@ def deploy(bundle_path: str | Path, repository: str | Path, *, name: str | None 
             model_config(name, version, bundle.signature, version_id=bundle.version_id, sample=sample, threads=threads)
         )
 
-    with _lock(repository):
+    with locked(repository):  # one deployment at a time chooses a version number
         newest = max(_versions(model), default=0)
         folder = model / str(newest)
         if newest and _is_served(model, pointer(newest)) and _holds(folder, bundle):
@@ -291,14 +290,3 @@ def _staged(model: Path) -> Iterator[Path]:
             raise refusal(error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _lock(repository: Path) -> Iterator[None]:
-    """Let one deployment at a time choose a version number; the lock ends with the process that holds it."""
-    descriptor = os.open(repository, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
