@@ -60,8 +60,10 @@ class Timing:
     """Processor seconds of this process, all threads."""
 
 
-def interleave(subjects: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, Timing]:
-    """Time every subject once a round, each called with the round's number.
+def interleave(
+    subjects: Mapping[str, Callable[[int], None]], rounds: int, before: Callable[[], None] | None = None
+) -> dict[str, Timing]:
+    """Time every subject once a round, each called with the round's number, after an untimed `before`.
 
     The machine's slow moments then fall on all subjects alike. Each round begins with the next subject, so that none
     always runs behind the same one.
@@ -71,6 +73,8 @@ def interleave(subjects: Mapping[str, Callable[[int], None]], rounds: int) -> di
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            if before is not None:
+                before()
             wall, cpu = time.perf_counter(), time.process_time()
             subjects[name](number)
             timings[name].cpu_s.append(time.process_time() - cpu)

@@ -34,7 +34,7 @@ class TensorSpec:
     """Physical units per stored step."""
     offset: float = 0.0
     """Physical value of stored 0."""
-    missing: int | None = None
+    missing: int | float | None = None
     """Stored value that means "no data"; None if every value is data. In float32, NaN is always "no data"."""
 
     def __post_init__(self) -> None:

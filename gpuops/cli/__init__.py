@@ -12,6 +12,7 @@ from gpuops.errors import GpuopsError, UnavailableError
 
 _EXTRAS = {
     "zarr": "data", "icechunk": "data", "dask": "data", "xarray": "data", "numcodecs": "data", "h5py": "data",
+    "h5netcdf": "data", "scipy": "data", "obstore": "data", "distributed": "data", "zstandard": "data",
     "torch": "train", "lightning": "train", "triton": "train", "onnx": "onnx", "onnxruntime": "onnx",
     "matplotlib": "report", "pvlib": "demo",
 }  # fmt: skip
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parser().print_help()
         raise SystemExit(2)
     options = vars(parsed[parsed.subcommand])
-    if options.pop("ledger", None):
-        os.environ["GPUOPS_LEDGER"] = parsed[parsed.subcommand].ledger
+    if (path := options.pop("ledger", None)) is not None:
+        os.environ["GPUOPS_LEDGER"] = path
     try:
         _run(parsed.subcommand, options)
     except GpuopsError as error:
@@ -107,17 +108,28 @@ def _parser() -> Any:
     sub = command(
         "ingest", "HDF5, NetCDF or Zarr into a sharded, checked, committed store.", "gpuops ingest ingest.yaml"
     )
-    sub.add_argument("recipe", help="YAML recipe; `gpuops demo --recipe DIR` writes one to start from")
-    sub.add_argument("--url", help="where to write, in place of the recipe's url")
+    sub.add_argument(
+        "recipe",
+        help="YAML recipe (`gpuops demo --recipe DIR` writes one to start from), or FILE[#DATASET] or a store, "
+        "whose variables are taken as they are",
+    )
+    sub.add_argument("--url", help="where to write, in place of the recipe's url: a directory or s3://BUCKET/PREFIX")
+    flag(sub, "--append", "add the records behind those of the store that is there")
+    sub.add_argument("--scheduler", default="threads", help="threads, or the address of a Dask cluster")
+    sub.add_argument("--tolerance", type=float, help="pack floats as integers within this error, physical units")
+    sub.add_argument("--codec", help="zstd, blosc-lz4, blosc-zstd or none, in place of the recipe's")
+    sub.add_argument("--format", help="icechunk or zarr, in place of the recipe's")
     flag(sub, "--overwrite", "replace the store that is there, once the new one is complete")
     flag(sub, "--json", "print JSON")
     ledger(sub)
 
     sub = command(
-        "inspect", "Variables, layout, snapshots, identity, quality and statistics.", "gpuops inspect out/linke"
+        "inspect",
+        "Variables, layout, snapshots, identity, quality, statistics, and what a re-ingest would gain.",
+        "gpuops inspect out/linke",
     )
     sub.add_argument("url", help="Zarr group or Icechunk repository")
-    sub.add_argument("--snapshot", help="Icechunk snapshot id; the newest if left out")
+    sub.add_argument("--snapshot", help="Icechunk snapshot id, tag, branch or ISO time; the newest if left out")
     flag(sub, "--json", "print JSON")
 
     command(

@@ -5,17 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from gpuops.cli.output import bytes_progress, fields, print_json
+from gpuops.data.commit import QUALITY
+from gpuops.data.ingest import as_recipe
 from gpuops.data.ingest import ingest as run_ingest
-from gpuops.data.recipe import load_recipe
-from gpuops.data.source import Source
+from gpuops.data.source import META, Source
 from gpuops.lineage.ledger import Ledger, ledger_path
 
 
-def ingest(recipe: str, url: str | None, overwrite: bool, json: bool) -> None:
-    """Ingest a recipe with a progress bar and print what was committed."""
-    loaded = load_recipe(recipe, url)
+def ingest(
+    recipe: str,
+    url: str | None,
+    overwrite: bool,
+    append: bool,
+    scheduler: str,
+    tolerance: float | None,
+    codec: str | None,
+    format: str | None,
+    json: bool,
+) -> None:
+    """Ingest a recipe, a file or a store with a progress bar and print what was committed."""
+    options = {key: value for key, value in (("codec", codec), ("format", format)) if value is not None}
+    loaded = as_recipe(recipe, url, tolerance, options)
     with Ledger(ledger_path()) as ledger, bytes_progress(f"ingest {loaded.url}") as progress:
-        source = run_ingest(loaded, overwrite=overwrite, progress=progress)
+        source = run_ingest(loaded, overwrite=overwrite, append=append, scheduler=scheduler, progress=progress)
         found = summary(source, list(loaded.variables))
         ledger.append("ingest", {**found, "recipe": str(recipe)})
     if json:
@@ -27,6 +39,9 @@ def ingest(recipe: str, url: str | None, overwrite: bool, json: bool) -> None:
 def summary(source: Source, names: list[str]) -> dict[str, Any]:
     """What a commit holds."""
     arrays = [source.variables[name].array for name in names]
+    variables = source.group[f"{META}/{QUALITY}"].attrs["variables"]
+    assert isinstance(variables, dict)
+    errors = {name: variables[name]["pack"]["max_abs_error"] for name in names if variables[name]["pack"]}
     return {
         "url": source.url,
         "snapshot": source.snapshot,
@@ -35,4 +50,5 @@ def summary(source: Source, names: list[str]) -> dict[str, Any]:
         "packed_bytes": sum(array.nbytes for array in arrays),
         "stored_bytes": sum(int(array.nbytes_stored()) for array in arrays),
         "quality": "passed",
+        **({"max_abs_error": errors} if errors else {}),
     }

@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from gpuops.data.counters import Counters
 from gpuops.data.loader import ZarrLoader
-from gpuops.data.order import Order
-from gpuops.data.reader import Counters, Reader
-from gpuops.data.sample import BoundSample, Cut, Field, Ids, SampleSpec, Window, bind
+from gpuops.data.order import Lanes, Order, Strata
+from gpuops.data.prepare import freeze, missing_targets
+from gpuops.data.reader import Reader
+from gpuops.data.runs import Runs
+from gpuops.data.sample import BoundSample, Field, SampleSpec, Window, bind
+from gpuops.data.sampling import Foreground, Stratified, Weighted, stratify
 from gpuops.data.source import Source, open
-from gpuops.data.statistics import mean_std
+from gpuops.data.split import Holdout as Holdout
+from gpuops.data.split import Period, make_split, sample_runs
 from gpuops.errors import InputError
 from gpuops.lineage.version import digest
 from gpuops.preprocess.module import PreprocessModule
-from gpuops.preprocess.steps import Clip, Fill, Normalize, Part, Preprocess, Step, Unpack
-from gpuops.spec import DTYPES
 
+LANES = 48
+"""Lanes are at most this many: all that divide `global_batch` and this, so that 1, 2, 3, 4, 6, 8, 12, ... ranks fit."""
+LANE_BYTES = 256 << 20
+"""Decoded chunks in use at one time, over all lanes, that the choice of a window aims at."""
 
-@dataclass(frozen=True)  # no slots: jsonargparse reads a default instance through vars()
-class Holdout:
-    """Which records are kept for validation: whole groups that share a value, so that no neighbour leaks."""
-
-    by: str
-    """A one-dimensional variable on the sample axis (region, year, patient)."""
-    share: float = 0.25
-    """Share of its distinct values that are held out, chosen by the seed."""
-    values: tuple[int, ...] | None = None
-    """The held-out values themselves, in place of a share."""
-
-    def choose(self, labels: npt.NDArray[Any], seed: int) -> npt.NDArray[np.bool_]:
-        """Mask of held-out records, from the label of each record."""
-        distinct = np.unique(labels)
-        if self.values is None:
-            count = max(1, round(self.share * len(distinct)))
-            ranked = sorted(distinct, key=lambda value: hashlib.sha256(f"{seed}:{value}".encode()).digest())
-            chosen = ranked[:count]
-        else:
-            chosen = list(self.values)
-        mask = np.isin(labels, chosen)
-        if mask.all() or not mask.any():
-            raise InputError(
-                f"holding out {chosen} of {self.by} leaves {(~mask).sum()} to train on, {mask.sum()} to validate"
-            )
-        return mask
+_log = logging.getLogger(__name__)
 
 
 class ZarrDataModule(LightningDataModule):
@@ -63,13 +45,19 @@ class ZarrDataModule(LightningDataModule):
         inputs: dict[str, list[Field]],
         targets: dict[str, list[Field]],
         window: Window | None = None,
-        holdout: Holdout | None = None,
+        holdout: Holdout | Period | None = None,
         global_batch: int = 32,
         seed: int = 0,
         snapshot: str | None = None,
         dtype: str = "float32",
         threads: int | None = None,
-        ahead: int = 2,
+        budget_mb: int = 512,
+        test: Holdout | Period | None = None,
+        train: Period | None = None,
+        gap: int | str = 0,
+        sampling: Weighted | Stratified | Foreground | None = None,
+        lanes: Lanes | Literal["auto"] | None = "auto",
+        missing_chunks: Literal["error", "fill"] = "error",
     ) -> None:
         """Declare what a sample is.
 
@@ -84,13 +72,27 @@ class ZarrDataModule(LightningDataModule):
             snapshot: Icechunk snapshot id; the newest if None.
             dtype: dtype of prepared batches: float32, bfloat16 or float16.
             threads: decoding threads of a rank; its share of the cores if None.
-            ahead: batches read ahead.
+            budget_mb: MiB that a rank holds of batches and chunks read ahead.
+            test: records kept for the last test (`Trainer.test`); None keeps none.
+            train: the period that may be trained on; all that is not held out if None.
+            gap: what lies between two splits and belongs to none: a number of records, or a span of the sample axis'
+                coordinate such as "10D", "6h" or, in its own units, "0.5".
+            sampling: draws samples by weight, stratum or foreground; None reads each sample once an epoch.
+            lanes: how chunks that hold several records are shuffled so that each is decoded once; "auto" chooses lanes
+                from the stored chunks and `global_batch` where there are such chunks, None shuffles over everything.
+            missing_chunks: "error", or "fill" to read a chunk that is not there as the array's fill value.
         """
         super().__init__()
-        self.url, self.snapshot, self.holdout = url, snapshot, holdout
+        self.url, self.snapshot, self.holdout, self.test = url, snapshot, holdout, test
+        self.train, self.gap, self.sampling, self.missing_chunks = train, gap, sampling, missing_chunks
         self.sample = SampleSpec(inputs, targets, window)
-        self.global_batch, self.seed, self.threads, self.ahead = global_batch, seed, threads, ahead
+        self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
         self.dtype = _dtype(dtype)
+        if budget_mb < 1:
+            raise InputError(f"a budget of {budget_mb} MiB holds no batch: give at least 1")
+        if sampling is not None and isinstance(lanes, Lanes):
+            raise InputError("a sampled epoch has no lanes: leave `sampling` or `lanes` out")
+        self._declared_lanes = lanes if sampling is None else None
         self._resume: Mapping[str, Any] | None = None
         self._train: ZarrLoader | None = None
         self._readers: list[Reader] = []
@@ -99,45 +101,83 @@ class ZarrDataModule(LightningDataModule):
         """Open the source, split it, and freeze the preprocessing with the training split's statistics."""
         if hasattr(self, "source"):
             return
-        self.source: Source = open(self.url, self.snapshot)
-        self.bound: BoundSample = bind(self.sample, self.source)
-        held = np.zeros(self.bound.records, bool)
-        if self.holdout is not None:
-            labels = self.source.variable(self.holdout.by)
-            if labels.array.shape != (self.bound.records,):
-                raise InputError(
-                    f"holdout by {self.holdout.by!r}: it must have one value a record, it has {labels.dims}"
-                )
-            held = self.holdout.choose(np.asarray(labels.array[:]), self.seed)
-        self.train_records, self.val_records = np.flatnonzero(~held), np.flatnonzero(held)
-        self.train_ids, self.val_ids = (self.bound.samples(r) for r in (self.train_records, self.val_records))
-        if not len(self.train_ids) or (not len(self.val_ids) and self.holdout is not None):
+        source = open(self.url, self.snapshot, missing_chunks=self.missing_chunks)
+        self.bound: BoundSample = bind(self.sample, source)
+        split = make_split(
+            source, self.bound, val=self.holdout, test=self.test, train=self.train, gap=self.gap, seed=self.seed
+        )
+        self.train_ids, self.val_ids, self.test_ids = (
+            sample_runs(self.bound, records) for records in (split.train, split.val, split.test)
+        )
+        if any(
+            not len(ids)
+            for ids, records in ((self.train_ids, split.train), (self.val_ids, split.val), (self.test_ids, split.test))
+            if len(records)
+        ):
+            tests = f" and {len(self.test_ids)} to test on" if self.test is not None else ""
             raise InputError(
-                f"the split leaves {len(self.train_ids)} samples to train on and {len(self.val_ids)} to validate on: "
-                "hold out longer runs of records than the window"
+                f"the split leaves {len(self.train_ids)} samples to train on and {len(self.val_ids)} to validate on"
+                f"{tests}: hold out longer runs of records than the window"
             )
+        absent = Runs.of(self.bound.absent, self.bound.absent + 1)
+        self.train_records, self.val_records, self.test_records = (
+            records - absent for records in (split.train, split.val, split.test)
+        )
+        self.lanes = _lanes(self.bound, self.global_batch) if self._declared_lanes == "auto" else self._declared_lanes
+        self._strata: Strata | None = None
+        self._train_order = self.train_ids
+        if self.sampling is not None:
+            self._train_order, self._strata = stratify(source, self.bound, self.train_ids, self.sampling)
+        elif self.lanes is not None:
+            self._train_order = self.train_ids.aligned(self.lanes.block)
         self.preprocess = {
-            "inputs": _preprocess(self.source, self.bound.inputs, self.train_records, fill=True),
-            "targets": _preprocess(self.source, self.bound.targets, self.train_records, fill=False),
+            "inputs": freeze(source, self.bound.inputs, self.train_records, fill=True),
+            "targets": freeze(source, self.bound.targets, self.train_records, fill=False),
         }
         self._modules = {side: PreprocessModule(p, self.dtype) for side, p in self.preprocess.items()}
+        if missing := missing_targets(source, self.bound, self.train_records):
+            rank_zero_only(_log.warning)(
+                "target %s holds missing data, which stays NaN: leave it out of the loss, or give the field a `fill`",
+                ", ".join(missing),
+            )
+        self.source: Source = source
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the data together with the declared samples and split: what the order is keyed by."""
-        split = None if self.holdout is None else asdict(self.holdout)
-        return digest({"data": self.source.fingerprint, "sample": self.sample.to_json(), "holdout": split})
+        """Identity of the data together with the declared samples, split, sampling and lanes: the key of the order."""
+        declared: dict[str, Any] = {
+            "data": self.source.fingerprint,
+            "sample": self.sample.to_json(),
+            "holdout": None if self.holdout is None else asdict(self.holdout),
+        }
+        # Only what is declared, so that a release that can declare more keeps the orders of those before it.
+        if self.test is not None or self.train is not None or self.gap:
+            named = {"test": self.test, "train": self.train}
+            declared["split"] = {"gap": self.gap} | {k: v and asdict(v) for k, v in named.items()}
+        if self._strata is not None:
+            declared["sampling"] = self._strata.digest
+        if self.lanes is not None:
+            declared["lanes"] = asdict(self.lanes)
+        return digest(declared)
 
     def train_dataloader(self) -> ZarrLoader:
         """Shuffled batches of the training split; an incomplete last batch is dropped."""
-        self._train = self._loader(self.train_ids, shuffle=True, last="drop")
+        self._train = self._loader(self._train_order, training=True)
         if self._resume is not None:
             self._train.load_state_dict(self._resume)
         return self._train
 
     def val_dataloader(self) -> ZarrLoader | list[Any]:
         """Batches of the held-out split in stored order; the last is padded, with `valid` false."""
-        return self._loader(self.val_ids, shuffle=False, last="pad") if len(self.val_ids) else []
+        return self._loader(self.val_ids) if len(self.val_ids) else []
+
+    def test_dataloader(self) -> ZarrLoader | list[Any]:
+        """Batches of the test split in stored order; the last is padded, with `valid` false."""
+        return self._loader(self.test_ids) if len(self.test_ids) else []
+
+    def predict_dataloader(self) -> ZarrLoader:
+        """Batches of every sample of the source in stored order, whatever its split; the last is padded."""
+        return self._loader(sample_runs(self.bound, Runs.up_to(self.bound.records)))
 
     def physical(self, tensor: str, values: torch.Tensor) -> torch.Tensor:
         """Normalised values of a target tensor, [n, channels, ...], in physical units."""
@@ -148,25 +188,35 @@ class ZarrDataModule(LightningDataModule):
         """What reading cost so far, over the loaders of this rank."""
         total = Counters()
         for reader in self._readers:
-            for key, value in asdict(reader.counters).items():
-                setattr(total, key, getattr(total, key) + value)
+            total.add(reader.counters)
         return total
 
     def state_dict(self) -> dict[str, Any]:
         """The training loader's position, kept here too because Lightning may drop the loader's own."""
-        return {} if self._train is None else self._train.state_dict()
+        if self._train is None:
+            return {}
+        state = self._train.state_dict()
+        if state["unstepped"]:
+            rank_zero_only(_log.warning)(
+                "this checkpoint lies %d batches after an optimiser step and cannot be resumed from: save after a "
+                "multiple of accumulate_grad_batches, as ModelCheckpoint(every_n_train_steps=...) does",
+                state["unstepped"],
+            )
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume the training loader from a checkpoint; refuses a checkpoint of other data."""
         self._resume = state_dict or None
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop the reading threads; a resumed position does not outlive its fit."""
+        """Stop the reading threads and say what reading cost; a resumed position does not outlive its fit."""
         self._resume = None
+        if stage == "fit" and self._readers:
+            rank_zero_info(self.counters.line())
         for reader in self._readers:
             reader.close()
 
-    def _loader(self, ids: Ids, *, shuffle: bool, last: str) -> ZarrLoader:
+    def _loader(self, ids: Runs, *, training: bool = False) -> ZarrLoader:
         trainer = self.trainer
         sampler = None if trainer is None else trainer.distributed_sampler_kwargs
         rank, ranks = (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])
@@ -174,20 +224,54 @@ class ZarrDataModule(LightningDataModule):
         if self.global_batch % ranks:
             raise InputError(f"global_batch {self.global_batch} is not a multiple of {ranks} ranks: change one of them")
         share = len(os.sched_getaffinity(0)) // (1 if trainer is None else trainer.num_devices)
-        reader = Reader(self.source, self.bound, threads=self.threads or max(1, share), ahead=self.ahead)
+        reader = Reader(
+            self.source, self.bound, threads=self.threads or max(1, share), budget_bytes=self.budget_mb << 20
+        )
         self._readers.append(reader)
         fingerprint = self.fingerprint
+        lanes, strata = (self.lanes, self._strata) if training else (None, None)
+        size = len(ids)
+        if training and self.sampling is not None:
+            size = self.sampling.draws or len(self.train_ids)
+        last = "drop" if training else "pad"
+
+        def order(epoch: int) -> Order:
+            return Order(size, self.seed, epoch, fingerprint, self.global_batch, training, last, lanes, strata)
+
         return ZarrLoader(
             reader,
             ids,
-            lambda epoch: Order(len(ids), self.seed, epoch, fingerprint, self.global_batch, shuffle, last),
+            order,
             rank=rank,
             ranks=ranks,
             epoch=None if trainer is None else lambda: trainer.current_epoch,
             inputs=self._modules["inputs"],
             targets=self._modules["targets"],
             device=device,
+            identity=self._identity() if training else {},
+            progress=self._progress if training else None,
         )
+
+    def _identity(self) -> dict[str, str]:
+        """What makes the fingerprint and the order, part by part: a refused resume says which differ."""
+        split = [self.holdout, self.test, self.train]
+        return {
+            "data": self.source.fingerprint,
+            "sample": digest(self.sample.to_json()),
+            "split": digest([self.gap, *(part and [type(part).__name__, asdict(part)] for part in split)]),
+            "sampling": "none" if self._strata is None else self._strata.digest,
+            "lanes": "none" if self.lanes is None else str(asdict(self.lanes)),
+        }
+
+    def _progress(self) -> tuple[int, int]:
+        """(batches in a step that has not ended, batches since the last optimiser step before it)."""
+        trainer = self.trainer
+        if trainer is None or not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            return 0, 0
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        in_flight = batches.ready - batches.processed
+        stepped = batches.processed == trainer.num_training_batches
+        return in_flight, 0 if stepped else batches.processed % trainer.accumulate_grad_batches
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -197,32 +281,19 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _preprocess(source: Source, tensors: Mapping[str, tuple[Cut, ...]], records: Ids, *, fill: bool) -> Preprocess:
-    """Freeze the declared steps with the statistics of `records`; targets keep missing data as NaN."""
-    return Preprocess(
-        {name: tuple(_part(source, cut, records, fill) for cut in cuts) for name, cuts in tensors.items()}
-    )
-
-
-def _part(source: Source, cut: Cut, records: Ids, fill: bool) -> Part:
-    field, variable = cut.field, cut.variable
-    dtype = str(variable.array.dtype)
-    if field.raw or (not cut.records and cut.along == "inside"):
-        return Part(cut.name, cut.shape[0], dtype)
-    if dtype not in DTYPES:
-        raise InputError(
-            f"{variable.name!r} is stored as {dtype}, which no kernel reads: store it as one of {', '.join(DTYPES)}, "
-            "or declare the field raw"
-        )
-    mean, std = mean_std(source, cut, records)
-    steps: list[Step] = [Unpack(variable.scale, variable.offset, variable.missing)]
-    declared = field.fill if field.fill is not None else variable.fill
-    if declared is None and fill and (variable.missing is not None or variable.array.dtype.kind == "f"):
-        declared = float(np.mean(mean))
-    if declared is not None:
-        steps.append(Fill(declared))
-    if field.clip is not None:
-        steps.append(Clip(*field.clip))
-    if field.normalize:
-        steps.append(Normalize(mean, std))
-    return Part(cut.name, cut.shape[0], dtype, tuple(steps))
+def _lanes(bound: BoundSample, global_batch: int) -> Lanes | None:
+    """Lanes for the variable with the largest records, if its chunks hold several; a function of store and batch."""
+    arrays = [
+        cut.variable.array
+        for side in (bound.inputs, bound.targets)
+        for cuts in side.values()
+        for cut in cuts
+        if cut.records
+    ]
+    array = max(arrays, key=lambda a: math.prod(a.shape[1:]) * a.dtype.itemsize)
+    records = min(array.chunks[0], bound.records)
+    if records == 1:
+        return None
+    count = math.gcd(global_batch, LANES)
+    chunk_bytes = records * math.prod(array.shape[1:]) * array.dtype.itemsize
+    return Lanes(count, min(max(LANE_BYTES // (count * chunk_bytes), 1), 4), records * bound.starts)

@@ -1,348 +1,456 @@
-"""HDF5, NetCDF or Zarr in; one checked, sharded, committed Zarr v3 store out.
+"""HDF5, NetCDF, Zarr or arrays in; one checked, sharded, committed Zarr v3 store out.
 
 Whole shards only, one Dask task a shard. Each task reads its block, checks the declared rules, computes statistics,
-writes the shard, reads it back and compares it with what it wrote. The commit happens once, if every task passed.
+writes the shard, reads it back and compares it with what it wrote. The commit happens once, if every task passed. What
+a killed ingest finished is taken up by the next one with the same recipe (`gpuops.data.staging`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import ZstdCodec
 
-from gpuops.atomic import new_directory
 from gpuops.data.block import Block, check_aligned, make_block
-from gpuops.data.quality import Violation, check, gate
-from gpuops.data.recipe import Recipe, axis_values, load_recipe
-from gpuops.data.shard import ShardIndexes, layout, read_ranges
-from gpuops.data.source import META, Source, array_metadata, local_storage, open, strong_fingerprint
-from gpuops.data.statistics import COLUMNS, describe
-from gpuops.drift import Sketch
-from gpuops.errors import InputError, IntegrityError
+from gpuops.data.census import count_chunks
+from gpuops.data.commit import Kept, fingerprint_of, joined, judge, kept_of, write_meta
+from gpuops.data.coordinates import Coordinate, check_coordinates, converted, located, make_coordinates
+from gpuops.data.inputs import open_input, variables_of
+from gpuops.data.packing import Pack, Packing, choose
+from gpuops.data.place import local_path
+from gpuops.data.recipe import Recipe, VariableRecipe, load_recipe, vars_of
+from gpuops.data.schedule import THREADS, run_all
+from gpuops.data.source import META, Source, open
+from gpuops.data.staging import Root, Staging, exists, pickled, staging
+from gpuops.data.writing import Written, census, create, digest_of, packing_attributes, write_shard
+from gpuops.errors import InputError, QualityError
+from gpuops.lineage.version import canonical_json
 
-SHARD_BYTES = 256 * 2**20
-"""Largest size of a shard, before compression."""
-SHARDS = 16
-"""Smallest number of shards aimed at, so that small arrays are still read and written in parallel."""
-_NOTHING = "nothing was committed; check the disk and ingest again"
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What one task found and wrote."""
-
-    name: str
-    """Variable."""
-    shard: int
-    """Position of the shard on the sample axis."""
-    digest: str
-    """sha256 of the shard as it lies in the store."""
-    rows: npt.NDArray[np.float64]
-    """Statistics, [records, channels, 5]."""
-    sketch: Sketch
-    """Histogram of the stored values."""
-    violations: list[Violation]
-    """Broken rules."""
-    nbytes: int
-    """Packed bytes."""
+_REMOTE = ("s3", "s3a", "gs", "gcs", "az", "azure")
+"""Object stores that Icechunk writes."""
 
 
 def ingest(
-    recipe: Recipe | str | Path,
+    recipe: Any,
     *,
-    url: str | None = None,
+    url: str | Path | None = None,
     overwrite: bool = False,
+    append: bool = False,
+    scheduler: str = THREADS,
+    tolerance: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Source:
-    """Write a recipe's data set as an Icechunk repository and return it opened.
+    """Write a data set as an Icechunk repository, or a plain Zarr v3 directory, and return it opened.
 
     Args:
-        recipe: a recipe or the path of its YAML file.
-        url: where to write, in place of the recipe's.
+        recipe: a Recipe, the path of its YAML file, the path or URL of a file or store whose variables are all taken,
+            an xarray.Dataset or DataArray, or a mapping of names to arrays of NumPy, Dask or xarray.
+        url: where to write, in place of the recipe's: a local directory or `s3://BUCKET/PREFIX`, which takes
+            endpoint, region and keys from the AWS_* environment variables.
         overwrite: replace what is there, once the new store is complete.
+        append: add the records behind those that are there.
+        scheduler: "threads", or the address of a `distributed` cluster.
+        tolerance: pack floats within this absolute error, physical units, where the recipe does not say how.
         progress: called with (bytes written, bytes in all) after each shard.
+        options: further keys of a Recipe, in place of its own: codec, format, shard_records, ...
 
     Raises:
-        InputError: a source, dataset or dimension that does not exist, or a destination that does.
+        InputError: a source, dataset or dimension that does not exist, a destination that does (or does not fit what
+            is appended), or a tolerance that no integers keep.
         QualityError: a rule is broken; nothing is left behind.
         IntegrityError: a shard did not read back as it was written; nothing is left behind.
+        UnavailableError: no cluster answers.
     """
-    import icechunk
-
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, url)
-    destination = _destination(url or recipe.url, overwrite)
-    blocks = [make_block(name, part, recipe.tiling) for name, part in recipe.variables.items()]
+    whole = as_recipe(recipe, None if url is None else str(url), tolerance, options)
+    _check_destination(whole, overwrite, append)
+    blocks = [make_block(name, part, whole.tiling) for name, part in whole.variables.items()]
     check_aligned(blocks)
-    with new_directory(destination, overwrite=overwrite) as directory:
-        repository = icechunk.Repository.create(local_storage(directory), **_spec_version())
-        session = repository.writable_session("main")
-        root = zarr.create_group(session.store, attributes={"title": recipe.title, "Conventions": "CF-1.10"})
-        located = _write_coordinates(root, recipe, blocks)
-        arrays = {block.name: _create(root, block, recipe.codec, located) for block in blocks}
-        written = _write_all(blocks, arrays, progress)
-        _gate(recipe, written)
-        fingerprint = _write_meta(root, arrays, written)
-        session.commit(recipe.title or "ingest", metadata={"fingerprint": fingerprint})
-    return open(destination)
+    if append:
+        whole = replace(whole, format=open(whole.url).kind)
+    key = _key(whole, blocks, append)
+    with staging(whole.url, key, format=whole.format, append=append, overwrite=overwrite) as stage:
+        finished = stage.finished()
+        if finished is not None and exists(whole.url) and open(whole.url).fingerprint == finished:
+            pass  # killed while it cleaned up
+        elif stage.complete():
+            stage.swap()
+        else:
+            _carry_out(whole, blocks, stage, scheduler, progress)
+    return open(whole.url)
 
 
-def _destination(url: str, overwrite: bool) -> Path:
-    """The local directory to write; never one that holds anything but a store."""
+def as_recipe(recipe: Any, url: str | None, tolerance: float | None, options: Mapping[str, Any]) -> Recipe:
+    """The recipe behind whatever `ingest` is given.
+
+    Raises:
+        InputError: it says nothing that can be ingested, or has no place to write to.
+    """
+    if isinstance(recipe, str | Path) and str(recipe).endswith((".yaml", ".yml")):
+        recipe = load_recipe(recipe, url)
+    if isinstance(recipe, Recipe):
+        whole = Recipe(**{**vars_of(recipe), **options, "url": url or recipe.url})
+    else:
+        sources, title = _sources(recipe)
+        if url is None:
+            raise InputError("nothing says where to write: give a url (`--url STORE`)")
+        variables = {
+            str(name): source if isinstance(source, VariableRecipe) else VariableRecipe(source)
+            for name, source in sources.items()
+        }
+        whole = Recipe(url, variables, **{"title": title, **options})
+    if tolerance is not None:
+        packed = {name: v if v.pack else replace(v, pack=Pack(tolerance)) for name, v in whole.variables.items()}
+        whole = replace(whole, variables=packed)
+    path = local_path(whole.url)
+    return whole if path is None else replace(whole, url=str(path))
+
+
+def _sources(given: Any) -> tuple[Mapping[Any, Any], str]:
+    """Sources by name, and a title, of what is no recipe."""
+    import xarray as xr
+
+    if isinstance(given, str | Path):
+        location, _, dataset = str(given).partition("#")
+        return ({dataset.rpartition("/")[2]: str(given)} if dataset else variables_of(location)), ""
+    if isinstance(given, xr.DataArray):
+        return {str(given.name or "data"): given}, ""
+    if isinstance(given, xr.Dataset):
+        return given.data_vars, str(given.attrs.get("title", ""))
+    if isinstance(given, Mapping):
+        return given, ""
+    raise InputError(f"{type(given).__name__} cannot be ingested: give a recipe, a file or arrays by name")
+
+
+def _check_destination(recipe: Recipe, overwrite: bool, append: bool) -> None:
+    """Refuse a place that cannot be written, or that holds what would be lost."""
+    url, path = recipe.url, Path(recipe.url)
+    if append and overwrite:
+        raise InputError("append keeps what is there and overwrite replaces it: pass one of them")
     if "://" in url:
-        raise InputError(f"cannot write to {url}: ingest into a local directory, then copy that to where it is served")
-    path = Path(url)
-    if overwrite and path.exists():
+        parts = urlsplit(url)
+        if parts.scheme not in _REMOTE or not parts.netloc or not parts.path.strip("/"):
+            raise InputError(f"cannot write to {url}: give a local directory or s3://BUCKET/PREFIX")
+        if recipe.format != "icechunk":
+            raise InputError(f"cannot write plain Zarr to {url}, where nothing is atomic: use format icechunk")
+    there = exists(url)
+    if append and not there:
+        raise InputError(f"{url} does not exist, so nothing can be appended: leave out --append")
+    if append and recipe.tiling is not None:
+        raise InputError("tiles are a place each, so there are no more to append: ingest the whole area again")
+    if "://" in url and there and not (overwrite or append):
+        raise InputError(f"{url} exists: pass --overwrite to replace it, or name another place")
+    if overwrite and there and "://" not in url:
         store = (path / "snapshots").is_dir() or (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
         if not path.is_dir() or not (store or not any(path.iterdir())):
             raise InputError(f"{path} is not a store, so it is not overwritten: name another place or remove it")
-    return path
 
 
-def _spec_version() -> dict[str, Any]:
-    """Icechunk 2 writes a format that 1.1 cannot read, unless it is told otherwise."""
-    import inspect
-
-    import icechunk
-
-    return {"spec_version": 1} if "spec_version" in inspect.signature(icechunk.Repository.create).parameters else {}
-
-
-def _create(root: zarr.Group, block: Block, codec: str, located: list[str]) -> zarr.Array[Any]:
-    recipe, record = block.recipe, block.shape[1:]
-    record_bytes = math.prod(record) * block.dtype.itemsize
-    packing = {"scale_factor": float(recipe.scale), "add_offset": float(recipe.offset)}
-    attributes: dict[str, Any] = {**packing, "units": recipe.unit}
-    optional = {
-        "long_name": recipe.long_name or None,
-        "_FillValue": block.missing,
-        "gpuops_fill": recipe.fill,
-        "coordinates": " ".join(located) or None,
-    }
-    attributes |= {key: value for key, value in optional.items() if value is not None}
-    return root.create_array(
-        block.name,
-        shape=block.shape,
-        dtype=block.dtype,
-        chunks=(1, *record),
-        shards=(_shard_records(block, record_bytes), *record),
-        compressors=[ZstdCodec(level=1, checksum=True)] if codec == "zstd" else [Crc32cCodec()],
-        filters=None,
-        fill_value=0,
-        dimension_names=block.dims,
-        attributes=attributes,
-        config={"write_empty_chunks": True},
-    )
+def _key(recipe: Recipe, blocks: list[Block], append: bool) -> str:
+    """What a rerun must have in common with an ingest to take up its shards."""
+    plain = {name: getattr(recipe, name) for name in ("codec", "title", "format", "chunk_records", "shard_records")}
+    variables = [
+        {
+            "name": block.name,
+            "from": block.input.identity,
+            "dims": list(block.source_dims),
+            "meaning": repr((block.source_scale, block.source_offset, block.source_missing, block.fill)),
+            "words": [block.unit, block.long_name],
+            "rules": repr((block.rules, recipe.variables[block.name].pack)),
+            "dtype": str(block.input.dtype),
+            "shape": list(block.shape),
+        }
+        for block in blocks
+    ]
+    axes = repr((recipe.coordinates, recipe.tiling))
+    document = {**plain, "variables": variables, "coordinates": axes, "append": append}
+    return hashlib.sha256(canonical_json(document)).hexdigest()[:16]
 
 
-def _shard_records(block: Block, record_bytes: int) -> int:
-    """Records a shard; whole rows of tiles where they fit. Depends on the data alone, never on the machine."""
-    records = max(1, min(block.shape[0] // SHARDS, SHARD_BYTES // record_bytes))
-    if block.tiling is not None:
-        columns = block.source.shape[block.recipe.dims.index(block.tiling.columns)] // block.tiling.size
-        if records > columns:
-            records -= records % columns
-    return records
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One shard of one variable."""
+
+    block: int
+    """Position of the variable."""
+    shard: int
+    """Position of the shard on the sample axis."""
+    first: int
+    """Its first record."""
+    last: int
+    """One past its last record."""
+    before: tuple[Written, bytes | None] | None = None
+    """What an ingest that was killed kept of it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the journal."""
+        return f"{self.block}-{self.shard}"
 
 
-def _write_coordinates(root: zarr.Group, recipe: Recipe, blocks: list[Block]) -> list[str]:
-    """Write every coordinate; return the names of those that locate a tile (CF's auxiliary coordinates)."""
+@dataclass(frozen=True, slots=True)
+class WriteShards:
+    """Carries tasks out, in a thread or in a worker of a cluster."""
 
-    def put(name: str, dim: str, values: npt.NDArray[Any], unit: str) -> None:
-        if name in recipe.variables:
-            raise InputError(f"a variable and a coordinate are both called {name!r}: rename the variable")
-        root.create_array(
-            name,
-            data=values,
-            dimension_names=(dim,),
-            attributes={"units": unit},
-            compressors=[ZstdCodec(level=1, checksum=True)],
-            config={"write_empty_chunks": True},
-        )
+    blocks: tuple[Block, ...]
+    """The variables."""
+    root: Root
+    """The store in which their arrays were created."""
 
-    tiling = recipe.tiling
-    sizes = {dim: size for block in blocks for dim, size in block.sizes.items()}
-    for dim, axis in recipe.coordinates.items():
-        if dim not in sizes:
-            raise InputError(f"coordinates name dimension {dim!r}; the variables have {', '.join(sizes)}")
-        if tiling is None or dim not in (tiling.rows, tiling.columns):
-            put(dim, dim, axis_values(axis, sizes[dim]), axis.unit)
-    if tiling is None:
-        return []
-    row, column = np.divmod(np.arange(blocks[0].shape[0]), sizes[tiling.columns] // tiling.size)
-    for dim, position in ((tiling.rows, row), (tiling.columns, column)):
-        if dim in recipe.coordinates:
-            axis = recipe.coordinates[dim]
-            middle = axis.first + axis.step * (position * tiling.size + (tiling.size - 1) / 2)
-            put(dim, tiling.name, middle.astype(np.float32), axis.unit)
-    across = -(-sizes[tiling.columns] // (tiling.size * tiling.region))
-    region = (row // tiling.region) * across + column // tiling.region
-    put("region", tiling.name, region.astype(np.int32), "1")
-    return [*(dim for dim in (tiling.rows, tiling.columns) if dim in recipe.coordinates), "region"]
-
-
-def _write_all(
-    blocks: list[Block], arrays: Mapping[str, zarr.Array[Any]], progress: Callable[[int, int], None] | None
-) -> list[Written]:
-    """Every shard of every variable, one Dask task each, on local threads."""
-    import dask.config
-    import dask.system
-    from dask.base import compute
-    from dask.callbacks import Callback
-    from dask.delayed import delayed
-
-    total = sum(math.prod(block.shape) * block.dtype.itemsize for block in blocks)
-    done = 0
-    at_work = _AtWork()
-
-    def write(*arguments: Any) -> Written:
-        with at_work.one():
-            return _write_shard(*arguments)
-
-    tasks = []
-    for block in blocks:
-        shards = arrays[block.name].shards
-        assert shards is not None
-        per_shard = shards[0]
-        for shard in range(-(-block.shape[0] // per_shard)):
-            last = min((shard + 1) * per_shard, block.shape[0])
-            tasks.append(delayed(write)(block, arrays[block.name], shard, shard * per_shard, last))
-
-    class Reporter(Callback):
-        def _posttask(self, key: Any, result: Any, dsk: Any, state: Any, worker_id: Any) -> None:
-            nonlocal done
-            if isinstance(result, Written):
-                done += result.nbytes
-                if progress is not None:
-                    progress(done, total)
-
-    # A pool of its own, because Dask's lasts as long as the process and its threads could keep that from ending.
-    threads = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
-    try:
-        with ThreadPoolExecutor(threads, "gpuops-ingest") as pool, Reporter():  # type: ignore[no-untyped-call]
-            return list(compute(*tasks, scheduler="threads", pool=pool))
-    finally:
-        at_work.stop()
-
-
-class _AtWork:
-    """Tasks that are running. The first failure or signal ends Dask's call, but not the tasks beside it.
-
-    A thread pool's own waiting is not enough: a signal that arrives while it starts a thread makes it forget that one.
-    """
-
-    def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._running = 0
-        self._stopped = False
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Count the task in the block; refuse it after `stop`."""
-        with self._change:
-            if self._stopped:
-                raise RuntimeError("the ingest has ended")
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._change:
-                self._running -= 1
-                self._change.notify_all()
-
-    def stop(self) -> None:
-        """Return once no task runs and none will start, so that their directory can be removed."""
-        with self._change:
-            self._stopped = True
-            self._change.wait_for(lambda: self._running == 0)
+    def __call__(self, task: Task) -> tuple[Task, Written, bytes | None]:
+        """Write one shard, unless it is there already as the journal says."""
+        block = self.blocks[task.block]
+        if task.before is not None:
+            written, fork = task.before
+            store, _ = replace(self.root, fork=fork).open()
+            if digest_of(zarr.open_array(store, path=block.name, mode="r"), task.first) == written.digest:
+                return task, written, fork
+        store, session = self.root.open()
+        array = zarr.open_array(store, path=block.name, mode="r+")
+        array = array.with_config({"write_empty_chunks": True})
+        return task, _write_shard(block, array, task.shard, task.first, task.last), pickled(session)
 
 
 def _write_shard(block: Block, array: zarr.Array[Any], shard: int, first: int, last: int) -> Written:
-    records = block.read(first, last)
-    recipe = block.recipe
-    packing = (recipe.scale, recipe.offset, block.missing)
-    violations = check(block.name, records, first, recipe.quality, packing)
-    array[first:last] = records
-    digest = _read_back(array, records, shard, first)
-    sketch = Sketch.of(records, *_sketch_range(block), missing=block.missing)
-    return Written(block.name, shard, digest, describe(records, *packing), sketch, violations, records.nbytes)
+    return write_shard(block, array, shard, first, last)
 
 
-def _read_back(array: zarr.Array[Any], records: npt.NDArray[Any], shard: int, first: int) -> str:
-    """Compare every inner chunk of a shard with what was written, by our own decoder; return the shard's digest."""
-    place = layout(array)
-    store = array.store_path.store
-    chunks = [(first + i, *(0,) * (array.ndim - 1)) for i in range(len(records))]
-    key, _ = place.key(chunks[0])
-    (whole,) = read_ranges(store, [(key, None)])
-    got = np.empty((1, *records.shape[1:]), records.dtype)
-    for i, (_, span) in enumerate(ShardIndexes(place, store).locate(chunks)):
-        assert whole is not None
-        assert span is not None
-        try:
-            place.decode(whole[span.start : span.end], got)
-        except ValueError as error:
-            raise IntegrityError(f"{array.path}: shard {shard} cannot be read back ({error}): {_NOTHING}") from error
-        if not np.array_equal(got.view(np.uint8), records[i : i + 1].view(np.uint8)):
-            raise IntegrityError(f"{array.path}: shard {shard} did not read back as written: {_NOTHING}")
-    return hashlib.sha256(whole.tobytes()).hexdigest()  # type: ignore[union-attr]
+def _carry_out(
+    recipe: Recipe,
+    blocks: list[Block],
+    stage: Staging,
+    scheduler: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    plan = stage.plan()
+    if plan is None:
+        plan = _begin(recipe, blocks, stage, scheduler)
+    packings, befores, chunks, axes, kept = (plan[k] for k in ("packing", "before", "chunks", "axes", "kept"))
+    blocks = [
+        replace(block, packing=packings[block.name], before=befores[block.name], old=plan["old"][block.name])
+        for block in blocks
+    ]
+    root: Root = plan["root"]
+    journal = stage.kept()
+    tasks = [replace(task, before=journal.get(task.name)) for task in _tasks(blocks, plan["per_shard"])]
+    total = sum((task.last - task.first) * _record_bytes(blocks[task.block]) for task in tasks)
+    results: dict[str, list[Written]] = {block.name: [] for block in blocks}
+    forks: list[bytes | None] = [root.fork]
+    done = 0
+
+    def keep(result: tuple[Task, Written, bytes | None]) -> None:
+        nonlocal done
+        task, written, fork = result
+        if task.before is None or task.before[0].digest != written.digest:
+            stage.keep(task.name, (written, fork))
+        results[written.name].append(written)
+        forks.append(fork)
+        done += written.nbytes
+        if progress is not None:
+            progress(done, total)
+
+    run_all(WriteShards(tuple(blocks), root), tasks, keep, scheduler)
+    wholes = {block.name: joined(block, results[block.name], kept[block.name]) for block in blocks}
+    report = judge(blocks, wholes, axes, chunks)
+    store, session = stage.merged(root, forks)
+    group = zarr.open_group(store, mode="r+")
+    found = dict(group.arrays())
+    arrays = {block.name: found.pop(block.name) for block in blocks}
+    for block in blocks:
+        census(arrays[block.name], {part.shard: part.size for part in results[block.name]})
+    fingerprint, digests = fingerprint_of(arrays, found, wholes)
+    write_meta(group, wholes, digests, fingerprint, report)
+    stage.commit(session, recipe.title or "ingest", fingerprint)
 
 
-def _sketch_range(block: Block) -> tuple[float, float]:
-    """Range of the histogram of stored values: exact for 8 bits, else the rules' bounds, else the dtype's."""
-    dtype, recipe = block.dtype, block.recipe
-    if dtype.itemsize == 1:
-        info = np.iinfo(dtype)
-        return info.min - 0.5, info.max + 0.5
-    bounds = (recipe.quality.valid_min, recipe.quality.valid_max)
-    if None not in bounds:
-        stored = sorted((bound - recipe.offset) / recipe.scale for bound in bounds if bound is not None)
-        return stored[0], stored[1]
-    limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(np.float16)
-    return float(limits.min), float(limits.max)
+def _record_bytes(block: Block) -> int:
+    return math.prod(block.shape[1:]) * block.dtype.itemsize
 
 
-def _gate(recipe: Recipe, written: list[Written]) -> None:
-    missing = {}
-    for name in recipe.variables:
-        parts = [part for part in written if part.name == name]
-        absent, present = sum(part.sketch.missing for part in parts), sum(part.sketch.total for part in parts)
-        missing[name] = absent / max(absent + present, 1)
-    rules = {name: variable.quality for name, variable in recipe.variables.items()}
-    gate([violation for part in written for violation in part.violations], missing, rules)
+def _tasks(blocks: list[Block], per_shard: Mapping[str, int]) -> list[Task]:
+    """Every shard that an ingest writes, whole; an append begins with the shard that is not full."""
+    tasks = []
+    for i, block in enumerate(blocks):
+        per = per_shard[block.name]
+        for shard in range(block.before // per, -(-block.records // per)):
+            tasks.append(Task(i, shard, shard * per, min((shard + 1) * per, block.records)))
+    return tasks
 
 
-def _write_meta(root: zarr.Group, arrays: Mapping[str, zarr.Array[Any]], written: list[Written]) -> str:
-    """Digests, statistics and sketches into the same commit; returns the fingerprint."""
-    digests = {name: [w.digest for w in _parts(written, name)] for name in arrays}
-    coordinates = {name: array for name, array in root.arrays() if name not in arrays}
-    for name, array in coordinates.items():
-        digests[name] = [hashlib.sha256(np.ascontiguousarray(array[:]).tobytes()).hexdigest()]
-    metadata = {name: array_metadata(array) for name, array in {**arrays, **coordinates}.items()}
-    fingerprint = strong_fingerprint(metadata, digests)
-    meta = root.create_group(META, attributes={"fingerprint": fingerprint, "columns": list(COLUMNS)})
-    for name, values in digests.items():
-        raw = np.frombuffer(bytes.fromhex("".join(values)), np.uint8).reshape(len(values), 32)
-        meta.create_array(f"digests/{name}", data=raw)
-    for name in arrays:
-        parts = _parts(written, name)
-        meta.create_array(f"stats/{name}", data=np.concatenate([part.rows for part in parts]))
-        counts = np.stack([part.sketch.counts for part in parts])
-        edges: dict[str, Any] = {"lo": parts[0].sketch.lo, "hi": parts[0].sketch.hi}
-        meta.create_array(f"sketch/{name}", data=counts, attributes=edges)
-    return fingerprint
+def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) -> dict[str, Any]:
+    """Look at the sources, choose the packing, create or grow the arrays; the plan that a rerun finds."""
+    chunks = {block.name: _source_chunks(block) for block in blocks}
+    store = stage.begin()
+    if stage.append:
+        group = zarr.open_group(store, mode="r+")
+        old = {block.name: _array_of(group, block.name, stage.destination) for block in blocks}
+        _check_same_variables(group, old, stage.destination)
+        blocks = [_fitted(recipe, block, old[block.name], stage.destination) for block in blocks]
+    else:
+        blocks = [_packed(recipe, block, scheduler) for block in blocks]
+        group = zarr.create_group(
+            store, attributes={"title": recipe.title, "Conventions": "CF-1.10"}, overwrite=stage.in_place
+        )
+    coordinates = make_coordinates(recipe, blocks)
+    kept: dict[str, Kept | None] = {block.name: None for block in blocks}
+    arrays = {}
+    for block in blocks:
+        if stage.append:
+            arrays[block.name] = array = old[block.name]
+            per = (array.shards or array.chunks)[0]
+            kept[block.name] = kept_of(group, block.name, block.before // per, block.before - block.before % per)
+            array.resize((block.records, *block.shape[1:]))
+        else:
+            arrays[block.name] = create(group, block, recipe, located(recipe, coordinates))
+    if stage.append:
+        coordinates = _grown(group, coordinates, blocks[0], set(arrays))
+    for name, coordinate in coordinates.items():
+        _put(group, name, coordinate)
+    plan = {
+        "packing": {block.name: block.packing for block in blocks},
+        "before": {block.name: block.before for block in blocks},
+        "old": {block.name: block.old for block in blocks},
+        "per_shard": {name: (array.shards or array.chunks)[0] for name, array in arrays.items()},
+        "chunks": chunks,
+        "axes": check_coordinates(recipe, coordinates, blocks[0].dims[0]),
+        "kept": kept,
+    }
+    return {**plan, "root": stage.save_plan(plan)}
 
 
-def _parts(written: list[Written], name: str) -> list[Written]:
-    return sorted((part for part in written if part.name == name), key=lambda part: part.shard)
+def _source_chunks(block: Block) -> dict[str, int] | None:
+    """Chunks of a Zarr source; QualityError if some are absent and that does not mean "no data"."""
+    if block.input.zarr is None:
+        return None
+    array = block.input.zarr()
+    found = count_chunks(array)
+    allowed = block.rules.allow_missing_chunks
+    if allowed is None:
+        fill = array.fill_value
+        allowed = fill is not None and bool(fill != fill or fill in block.source_missing)
+    if found.absent and not allowed:
+        raise QualityError(
+            f"nothing was committed: {block.name}: {found.absent:,} of {found.expected:,} chunks are missing from the "
+            f"source, the first at {list(found.first or ())}; they would be stored as {array.fill_value}. Restore "
+            "them, or declare `allow_missing_chunks: true`"
+        )
+    return {"expected": found.expected, "absent": found.absent}
+
+
+def _packed(recipe: Recipe, block: Block, scheduler: str) -> Block:
+    """The block with its packing; the data is read once more if no range is declared."""
+    pack = recipe.variables[block.name].pack
+    if pack is None:
+        return block
+    rules = block.rules
+    low = rules.valid_min if pack.minimum is None else pack.minimum
+    high = rules.valid_max if pack.maximum is None else pack.maximum
+    if low is None or high is None:
+        ends = [(math.inf, -math.inf)]
+        step = max(1, 2**26 // (math.prod(block.shape[1:]) * block.input.dtype.itemsize))
+        spans = [(first, min(first + step, block.shape[0])) for first in range(0, block.shape[0], step)]
+        run_all(FindRange(block), spans, ends.append, scheduler)
+        found = min(end[0] for end in ends), max(end[1] for end in ends)
+        if found[0] > found[1]:
+            raise InputError(f"{block.name} holds no data, so no packing can be chosen: declare minimum and maximum")
+        low, high = found[0] if low is None else low, found[1] if high is None else high
+    return replace(block, packing=choose(block.name, pack, low, high))
+
+
+@dataclass(frozen=True, slots=True)
+class FindRange:
+    """Finds the range of some records of a source."""
+
+    block: Block
+    """The variable."""
+
+    def __call__(self, span: tuple[int, int]) -> tuple[float, float]:
+        """Smallest and largest value of records span[0] to span[1]."""
+        return self.block.range(*span)
+
+
+# appending
+
+
+def _array_of(group: zarr.Group, name: str, place: str) -> zarr.Array[Any]:
+    node = group.get(name)
+    if not isinstance(node, zarr.Array):
+        raise InputError(f"{place} has no variable {name!r}: append the same variables, or ingest into another place")
+    return node
+
+
+def _check_same_variables(group: zarr.Group, given: Mapping[str, Any], place: str) -> None:
+    stats = group.get(f"{META}/stats")
+    if not isinstance(stats, zarr.Group):
+        raise InputError(f"{place} was not written by gpuops, so nothing can be appended: ingest it into another place")
+    if absent := sorted(set(stats.array_keys()) - set(given)):
+        raise InputError(f"{place} also has {', '.join(absent)}: append every variable, or ingest into another place")
+
+
+def _fitted(recipe: Recipe, block: Block, array: zarr.Array[Any], place: str) -> Block:
+    """The block as the store's array goes on; InputError names what differs."""
+    attributes = array.attrs.asdict()
+    pack = recipe.variables[block.name].pack
+    if pack is not None:
+        if array.dtype.kind not in "iu" or "_FillValue" not in attributes:
+            raise InputError(f"{block.name} is stored as {array.dtype}, not packed: append it without pack")
+        scale, offset, missing = (attributes[key] for key in ("scale_factor", "add_offset", "_FillValue"))
+        stored = Packing(array.dtype, float(scale), float(offset), int(missing), pack.tolerance)  # type: ignore[arg-type]
+        block = replace(block, packing=stored)
+    dims = tuple(getattr(array.metadata, "dimension_names", None) or ())
+    want: dict[str, Any] = {"dtype": array.dtype.name, "record": list(array.shape[1:]), "dims": list(dims)}
+    got: dict[str, Any] = {"dtype": block.dtype.name, "record": list(block.shape[1:]), "dims": list(block.dims)}
+    keys = ("scale_factor", "add_offset", "units", "_FillValue")
+    want |= {key: attributes.get(key) for key in keys}
+    ours = packing_attributes(block)
+    got |= {key: ours.get(key) for key in keys}
+    if different := [key for key in want if want[key] != got[key]]:
+        first = different[0]
+        raise InputError(
+            f"{block.name} differs from the store's in {', '.join(different)} ({first} {got[first]}, there "
+            f"{want[first]}): nothing was appended; mend the recipe or ingest into another place"
+        )
+    return replace(block, before=array.shape[0], old=open_input(f"{place}#{block.name}"))
+
+
+def _grown(
+    group: zarr.Group, coordinates: Mapping[str, Coordinate], block: Block, variables: set[str]
+) -> dict[str, Coordinate]:
+    """The store's coordinates with those of the appended records behind them."""
+    there = {name: array for name, array in group.arrays() if name not in variables}
+    if set(there) != set(coordinates):
+        raise InputError(f"the store has coordinates {sorted(there)}, these records bring {sorted(coordinates)}")
+    grown = {}
+    for name, array in there.items():
+        attributes, old = array.attrs.asdict(), np.asarray(array[:])
+        new = converted(name, coordinates[name], attributes)
+        values = new.values
+        if new.dim == block.dims[0]:
+            if name == new.dim and (again := np.isin(values, old)).any():
+                first = values[again.argmax()]
+                raise InputError(f"{name} {first} is in the store already: nothing was appended")
+            values = np.concatenate([old, values.astype(np.promote_types(old.dtype, values.dtype))])
+        elif not np.array_equal(old, values):
+            raise InputError(f"coordinate {name!r} differs from the store's: these records lie at other places")
+        grown[name] = Coordinate(values, attributes, new.dim)
+    return grown
+
+
+def _put(group: zarr.Group, name: str, coordinate: Coordinate) -> None:
+    group.create_array(
+        name,
+        data=coordinate.values,
+        dimension_names=(coordinate.dim,),
+        attributes=dict(coordinate.attributes),
+        compressors=[ZstdCodec(level=1, checksum=True)],
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from gpuops.data.order import Order
-from gpuops.data.reader import Reader, Slot, Stored
+from gpuops.data.plan import Slot, Stored
+from gpuops.data.reader import Reader
+from gpuops.data.runs import Runs
 from gpuops.data.sample import Ids
 from gpuops.errors import IntegrityError
 from gpuops.preprocess.module import PreprocessModule
@@ -28,7 +30,7 @@ class ZarrLoader:
     def __init__(
         self,
         reader: Reader,
-        ids: Ids,
+        ids: Ids | Runs,
         order: Callable[[int], Order],
         *,
         rank: int,
@@ -37,6 +39,8 @@ class ZarrLoader:
         inputs: PreprocessModule,
         targets: PreprocessModule,
         device: torch.device,
+        identity: Mapping[str, str] | None = None,
+        progress: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         """Join an order to a reader.
 
@@ -50,10 +54,14 @@ class ZarrLoader:
             inputs: prepares the input tensors.
             targets: prepares the target tensors.
             device: where batches are delivered.
+            identity: what the order's fingerprint is made of, by name, so that a refusal says which part differs.
+            progress: tells (batches delivered whose step has not ended, batches since the last optimiser step before
+                those); None where every delivered batch is a finished step.
         """
         self.reader = reader
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
         self._inputs, self._targets, self._device = inputs.to(device), targets.to(device), device
+        self._identity, self._progress = dict(identity or {}), progress or _always_finished
         self._position = (0, 0)
         self._resume: tuple[int, int] | None = None
 
@@ -72,28 +80,49 @@ class ZarrLoader:
         for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
             done += 1
             self._position = (epoch, done)
-            yield self._batch(slot)
+            batch = self._batch(slot)
+            del slot  # what the batch does not share goes back to the reader now, the rest with the batch
+            yield batch
+            del batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position (epoch, batches delivered) and the identity that it belongs to."""
-        order = self._order(0)
+        """Position (epoch, batches delivered to finished steps) and the identity that it belongs to."""
+        in_flight, unstepped = self._progress()
         epoch, delivered = self._position
-        identity = {"fingerprint": order.fingerprint, "seed": order.seed, "global_batch": order.global_batch}
-        return {"epoch": epoch, "delivered": delivered, **identity}
+        return {"epoch": epoch, "delivered": max(delivered - in_flight, 0), "unstepped": unstepped, **self._key()}
+
+    def _key(self) -> dict[str, Any]:
+        order = self._order(0)
+        key = {"fingerprint": order.fingerprint, "seed": order.seed, "global_batch": order.global_batch}
+        return {**key, "identity": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position.
 
         Raises:
-            IntegrityError: the position belongs to other data, another seed or another global batch.
+            IntegrityError: the position belongs to other data, samples, split, sampling or lanes, to another seed or
+                global batch, or lies between two optimiser steps.
         """
-        mine = self.state_dict()
-        for key in ("fingerprint", "seed", "global_batch"):
-            if state[key] != mine[key]:
-                raise IntegrityError(
-                    f"this checkpoint was trained with {key} {state[key]}, here it is {mine[key]}: "
-                    "open the snapshot it was trained on, or start a new run"
-                )
+        mine = self._key()
+        theirs = state.get("identity", mine["identity"])
+        differ = [name for name, value in mine["identity"].items() if theirs.get(name) != value]
+        keys = ("fingerprint", "seed", "global_batch")
+        wrong = [key for key in keys if state[key] != mine[key]] or (["fingerprint"] if differ else [])
+        if wrong:
+            key = wrong[0]
+            parts = "".join(
+                f"; {name}: {theirs.get(name, 'none')} there, {mine['identity'][name]} here" for name in differ
+            )
+            raise IntegrityError(
+                f"this checkpoint was trained with {key} {state[key]}, here it is {mine[key]}: open the snapshot it "
+                f"was trained on with the samples, split, sampling and lanes of then, or start a new run{parts}"
+            )
+        if state.get("unstepped"):
+            raise IntegrityError(
+                f"this checkpoint was written {state['unstepped']} batches after an optimiser step, and their "
+                "gradients are not in it: resume from one that was saved after a multiple of accumulate_grad_batches, "
+                "as ModelCheckpoint(every_n_train_steps=...) does"
+            )
         self._position = self._resume = (int(state["epoch"]), int(state["delivered"]))
 
     def _own_epoch(self) -> int:
@@ -115,3 +144,7 @@ class ZarrLoader:
         if self._device.type == "cuda":
             tensors = {k: t.pin_memory().to(self._device, non_blocking=True) for k, t in tensors.items()}
         return module.packed(tensors)
+
+
+def _always_finished() -> tuple[int, int]:
+    return 0, 0

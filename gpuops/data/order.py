@@ -1,26 +1,62 @@
-"""Who reads what, when: a keyed permutation of the samples with no state but its key.
+"""Who reads what, when: a pure function of (seed, epoch, fingerprint, global batch), never of ranks or workers.
 
-The order of an epoch is a pure function of (seed, epoch, fingerprint, global batch), never of ranks or workers.
-Positions are permuted by a balanced Feistel network over the next even number of bits, walking cycles until the value
-falls inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): O(1) memory and O(1) seek.
+State is the key alone and any batch is reached by arithmetic (see `gpuops.data.permutation`). The values are a
+contract: checkpoints refer to them, so for a key they never change between versions of gpuops; tests hold golden ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuops.data.permutation import Positions, keys_of_each, permute, round_keys
 from gpuops.errors import InputError
-from gpuops.lineage.version import canonical_json
 
-ROUNDS = 8
-"""Feistel rounds; 4 are a pseudorandom permutation for a random round function, 8 leave a margin."""
 
-Positions = npt.NDArray[np.int64]
-_U64 = npt.NDArray[np.uint64]
+@dataclass(frozen=True)  # no slots: jsonargparse reads a default instance through vars()
+class Lanes:
+    """A shuffle in which chunks that hold many samples are decoded once.
+
+    Blocks of consecutive samples are permuted and dealt to lanes. A round is `count * window` blocks: its place p
+    belongs to lane p % count, and a lane's samples are shuffled over its `window` blocks of the round. A rank r of R
+    takes the places p = r (mod R), so where R divides `count` no two ranks touch the same block. Blocks that fill no
+    round, and samples that fill no block, are one more set, shuffled as a whole, between two rounds.
+    """
+
+    count: int
+    """Lanes; a multiple of the data-parallel ranks for which blocks are to be decoded once."""
+    window: int
+    """Blocks of a lane that are shuffled together; count * window blocks are in use at one time, over all ranks."""
+    block: int
+    """Consecutive samples that share stored chunks."""
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.window, self.block) < 1:
+            raise InputError(f"{self}: count, window and block must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Strata:
+    """How often each group of samples is drawn; the samples of a group stand next to each other."""
+
+    counts: Positions
+    """Samples in each stratum, int64 [strata], each at least 1."""
+    shares: npt.NDArray[np.float64]
+    """Share of an epoch's draws that each stratum gets, float64 [strata], sum 1."""
+    digest: str
+    """sha256 of who belongs to which stratum with which share."""
+
+    def quotas(self, draws: int, offset: float) -> Positions:
+        """Edges [strata + 1] of the strata's quotas: whole numbers that add up to `draws`.
+
+        A stratum gets floor or ceil of share * draws, and exactly that on average over offsets uniform in [0, 1)
+        (systematic sampling: Madow, "On the theory of systematic sampling, II", 1949).
+        """
+        inner = np.floor(np.cumsum(self.shares)[:-1] * draws + offset).astype(np.int64)
+        return np.concatenate([[0], np.minimum(inner, draws), [draws]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +64,7 @@ class Order:
     """The order of one epoch over `size` samples."""
 
     size: int
-    """Number of samples in the split."""
+    """Number of samples in the split, or of draws an epoch where `strata` are given."""
     seed: int
     """The run's seed."""
     epoch: int
@@ -41,6 +77,10 @@ class Order:
     """False reads the samples in their stored order."""
     last: str = "drop"
     """What happens to an incomplete last global batch: "drop" it, or "pad" it with samples marked invalid."""
+    lanes: Lanes | None = None
+    """Shuffle that decodes chunks of many samples once; None shuffles over the whole split."""
+    strata: Strata | None = None
+    """Draws by stratum; None reads each sample once."""
 
     def __post_init__(self) -> None:
         if self.last not in ("drop", "pad"):
@@ -51,6 +91,8 @@ class Order:
             raise InputError(
                 f"{self.size} samples do not fill one global batch of {self.global_batch}: make global_batch smaller"
             )
+        if self.lanes is not None and self.strata is not None:
+            raise InputError("an order has lanes or a sampling, not both: leave one of them out")
 
     @property
     def batches(self) -> int:
@@ -69,36 +111,58 @@ class Order:
         return self.permute(positions % self.size), valid
 
     def permute(self, positions: Positions) -> Positions:
-        """Sample positions at the given places of the epoch's order (a bijection on [0, size))."""
+        """Sample positions at the given places of the epoch's order.
+
+        A bijection on [0, size); with strata, each stratum's quota of draws, no member more than once oftener than
+        another of its stratum.
+        """
         if not self.shuffle:
             return positions
-        half = max(1, -(-(self.size - 1).bit_length() // 2))
-        keys = self._round_keys()
-        values = positions.astype(np.uint64)
-        pending = np.ones(len(values), bool)
-        while pending.any():
-            values[pending] = _feistel(values[pending], half, keys)
-            pending = values >= self.size
-        return values.astype(np.int64)
+        if self.strata is not None:
+            return self._draw(positions, self.strata)
+        if self.lanes is not None and self.size >= self.lanes.count * self.lanes.window * self.lanes.block:
+            return self._in_lanes(positions, self.lanes)
+        return permute(positions, self.size, round_keys(self._key()))
 
-    def _round_keys(self) -> _U64:
-        key = [self.seed, self.epoch, self.fingerprint, self.global_batch, self.size]
-        digest = hashlib.shake_256(canonical_json(key)).digest(8 * ROUNDS)
-        return np.frombuffer(digest, "<u8")
+    def _key(self, *use: Any) -> list[Any]:
+        return [self.seed, self.epoch, self.fingerprint, self.global_batch, self.size, *use]
 
+    def _in_lanes(self, positions: Positions, lanes: Lanes) -> Positions:
+        key = self._key("lanes", lanes.count, lanes.window, lanes.block)
+        blocks, per_round = self.size // lanes.block, lanes.count * lanes.window
+        rounds, span = blocks // per_round, per_round * lanes.block
+        rest = self.size - rounds * span
+        # The rest stands between two rounds, another two every epoch: at the end it would lose the same samples to
+        # the dropped last batch again and again.
+        start = int(round_keys([*key, "rest at"])[0]) % (rounds + 1) * span
+        in_rest = (positions >= start) & (positions < start + rest)
+        result = np.empty_like(positions)
 
-def _feistel(values: _U64, half: int, keys: _U64) -> _U64:
-    """One pass of the network over 2 * half bits."""
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> bits, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << bits) | right
+        place = positions[~in_rest]
+        number, inside = np.divmod(place - np.where(place >= start, rest, 0), span)
+        turn, lane = np.divmod(inside, lanes.count)
+        keys = keys_of_each(round_keys([*key, "turns"]), number * lanes.count + lane)
+        turn, offset = np.divmod(permute(turn, lanes.window * lanes.block, keys), lanes.block)
+        block_keys = round_keys([*key, "blocks"])
+        block = permute(number * per_round + lane * lanes.window + turn, blocks, block_keys)
+        result[~in_rest] = block * lanes.block + offset
 
+        place = permute(positions[in_rest] - start, rest, round_keys([*key, "rest"])) if rest else positions[in_rest]
+        turn, offset = np.divmod(place, lanes.block)
+        turn += rounds * per_round
+        whole = turn < blocks  # the others fill no block and come last in the stored order
+        turn[whole] = permute(turn[whole], blocks, block_keys)
+        result[in_rest] = turn * lanes.block + offset
+        return result
 
-def _mix(value: _U64) -> _U64:
-    """splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    def _draw(self, positions: Positions, strata: Strata) -> Positions:
+        key = self._key("strata", strata.digest)
+        offset = int(round_keys([*key, "offset"])[0]) / 2**64
+        edges = strata.quotas(self.size, min(offset, 1 - 2**-53))
+        draw = permute(positions, self.size, round_keys([*key, "draws"]))
+        stratum = np.searchsorted(edges, draw, side="right") - 1
+        counts = strata.counts[stratum]
+        # Draw after draw goes through the whole stratum before it begins again: no member beyond its quota.
+        turn = (draw - edges[stratum]) % counts
+        member = permute(turn, counts, keys_of_each(round_keys([*key, "members"]), stratum))
+        return (np.cumsum(strata.counts) - strata.counts)[stratum] + member

@@ -1,82 +1,34 @@
-"""From sample ids to filled slots: plan the distinct chunks, read their ranges, decode them, gather the windows.
+"""From sample ids to filled slots: plan the distinct chunks, read their ranges, decode them, cut the samples out.
 
-One process a rank and threads only. A slot holds, for each declared tensor, the stored values of its variables side by
-side, so that one kernel prepares them.
+One process a rank and threads only. What is held is bounded by a byte budget.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.sample import BoundSample, Cut, Ids
-from gpuops.data.shard import Coordinates, Layout, ShardIndexes, layout, read_ranges
+from gpuops.data.counters import Counters
+from gpuops.data.filler import Filler
+from gpuops.data.memory import Memory
+from gpuops.data.node_cache import CacheLocation, NodeCache
+from gpuops.data.plan import Plan, Planner, Slot, Stored, give_up
+from gpuops.data.sample import BoundSample, Ids
+from gpuops.data.shard import ShardIndexes, layout
 from gpuops.data.source import Source
-from gpuops.errors import IntegrityError
+from gpuops.data.transport import Files, Retry, open_transport
 
-Stored = dict[str, npt.NDArray[Any]]
-"""Stored values by tensor name, each [n, channels, *spatial]."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What reading cost so far; counts do not depend on the machine."""
-
-    samples: int = 0
-    """Samples put into slots."""
-    requests: int = 0
-    """Byte ranges asked of the store, shard indexes included."""
-    bytes_read: int = 0
-    """Bytes those requests returned."""
-    bytes_useful: int = 0
-    """Encoded bytes of the chunks that samples needed."""
-    decodes: int = 0
-    """Inner chunks decoded."""
-    read_s: float = 0.0
-    """Seconds in which a batch waited for its bytes, added up over batches."""
-    decode_s: float = 0.0
-    """Seconds in which a batch was decoded and gathered, added up over batches."""
-    stall_s: float = 0.0
-    """Seconds in which the consumer waited for a batch that was not ready."""
-    slot_bytes: int = 0
-    """Largest number of bytes held by read-ahead at one time."""
-
-    def to_json(self) -> dict[str, float]:
-        """All counters, and what is usually asked of them."""
-        per_sample = max(self.samples, 1)
-        return {
-            **asdict(self),
-            "requests_per_sample": self.requests / per_sample,
-            "decodes_per_sample": self.decodes / per_sample,
-            "bytes_per_useful_byte": self.bytes_read / max(self.bytes_useful, 1),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One batch in stored form."""
-
-    inputs: Stored
-    """Input tensors."""
-    targets: Stored
-    """Target tensors."""
-    ids: Ids
-    """Sample ids, int64 [n]."""
-    valid: npt.NDArray[np.bool_]
-    """False for samples that only fill up the batch, [n]."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for side in (self.inputs, self.targets) for array in side.values())
+BUDGET_BYTES = 512 * 2**20
+"""What a reader may hold, unless it is told otherwise."""
+AHEAD_LOCAL, AHEAD_REMOTE = 2, 8
+"""Batches read ahead, budget allowing: decoding hides a disk, but only requests under way hide a network."""
 
 
 def wire_inputs(sample: BoundSample, slot: Slot) -> Stored:
@@ -92,172 +44,162 @@ def wire_inputs(sample: BoundSample, slot: Slot) -> Stored:
 class Reader:
     """Reads batches of samples ahead of their consumer."""
 
-    def __init__(self, source: Source, sample: BoundSample, *, threads: int | None = None, ahead: int = 2) -> None:
+    def __init__(
+        self,
+        source: Source,
+        sample: BoundSample,
+        *,
+        threads: int | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+        ahead: int | None = None,
+        retry: Retry | None = None,
+        cache: CacheLocation | None = None,
+    ) -> None:
         """Prepare to read `sample` from `source`.
 
         Args:
             source: an opened source.
             sample: the declared sample bound to it.
             threads: decoding threads; the cores of this process if None.
-            ahead: batches read ahead of the consumer.
+            budget_bytes: most bytes held: slots read ahead, decoded chunks and shard indexes.
+            ahead: most batches read ahead of the consumer; 2 for local files and 8 for other stores if None.
+            retry: how patient to be with a store that fails.
+            cache: where the ranks of this node keep what they fetched; of no use to a store of local files.
         """
-        self.sample, self.ahead = sample, ahead
-        self.counters = Counters()
-        self._store = source.store
-        self._cuts = [cut for side in (sample.inputs, sample.targets) for cuts in side.values() for cut in cuts]
-        self._layouts: dict[str, Layout] = {}
-        self._indexes: dict[str, ShardIndexes] = {}
-        self._coordinates: dict[str, npt.NDArray[Any]] = {}
-        for cut in self._cuts:
-            name = cut.variable.name
-            if cut.records:
-                self._layouts[name] = layout(cut.variable.array)
-                self._indexes[name] = ShardIndexes(self._layouts[name], source.store)
-            else:
-                self._coordinates[name] = np.asarray(cut.variable.array[:])
-        self._decoders = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "gpuops-decode")
-        self._planner = ThreadPoolExecutor(1, "gpuops-read")
+        self.sample = sample
+        self._counters = Counters(budget_bytes=budget_bytes)
+        self._lock = threading.Lock()
+        self._transport = open_transport(source.store, retry)
+        self._local = isinstance(self._transport, Files)
+        if cache is not None and not self._local:
+            self._transport = NodeCache(self._transport, cache, source.fingerprint)
+        self.ahead = ahead or (AHEAD_LOCAL if self._local else AHEAD_REMOTE)
+        cuts = [cut for side in (sample.inputs, sample.targets) for cuts in side.values() for cut in cuts]
+        self._layouts = {cut.variable.name: layout(cut.variable.array) for cut in cuts if cut.records}
+        index_budget = budget_bytes // 8 // max(len(self._layouts), 1)
+        self._indexes = {
+            name: ShardIndexes(place, self._transport, index_budget) for name, place in self._layouts.items()
+        }
+        self._memory = Memory(budget_bytes - budget_bytes // 8)
+        self._planner = Planner(sample, self._layouts, self._indexes)
+        self._filler = Filler(
+            self._planner,
+            self._transport,
+            threads or len(os.sched_getaffinity(0)),
+            self.ahead + 1,
+            fill_missing=source.missing_chunks == "fill",
+        )
+        self._plans = ThreadPoolExecutor(1, "gpuops-plan")
+
+    @property
+    def counters(self) -> Counters:
+        """What reading cost so far."""
+        counters, indexes = self._counters, self._indexes.values()
+        counters.retries = self._transport.retries
+        counters.held_bytes = self._memory.peak_bytes + sum(index.nbytes for index in indexes)
+        return counters
 
     def close(self) -> None:
         """Stop the threads; batches not yet delivered are dropped."""
-        self._planner.shutdown(cancel_futures=True)
-        self._decoders.shutdown(cancel_futures=True)
+        self._memory.close()
+        self._plans.shutdown(cancel_futures=True)
+        self._filler.close()
+        self._transport.close()
 
     def iterate(self, batches: Iterable[tuple[Ids, npt.NDArray[np.bool_]]]) -> Iterator[Slot]:
-        """Slots of the given (ids, valid) batches, in order, `ahead` of them read before they are asked for."""
-        pending: deque[Future[Slot]] = deque()
+        """Slots of the given (ids, valid) batches, in order, `ahead` of them read before they are asked for.
+
+        Raises:
+            IntegrityError: see `read`.
+            InputError: one batch needs more memory than the budget.
+        """
+        pending: deque[Future[Future[Plan]]] = deque()
         remaining = iter(batches)
+        self._planner.begin_epoch()
+        begun = time.perf_counter()
         try:
             while True:
                 while len(pending) <= self.ahead and (batch := next(remaining, None)) is not None:
-                    pending.append(self._planner.submit(self.read, *batch))
+                    pending.append(self._plans.submit(self._start, *batch))
                 if not pending:
                     return
-                begin = time.perf_counter()
-                slot = pending.popleft().result()
-                self.counters.stall_s += time.perf_counter() - begin
-                self.counters.slot_bytes = max(self.counters.slot_bytes, slot.nbytes * (self.ahead + 1))
-                yield slot
+                asked = time.perf_counter()
+                plan = pending[0].result().result()
+                pending.popleft()
+                self._memory.release(plan.slot.nbytes)
+                now = time.perf_counter()
+                self._counters.stall_s += now - asked
+                self._counters.wall_s, begun = self._counters.wall_s + now - begun, now
+                yield plan.slot
+                del plan  # its memory is the consumer's to give back
         finally:
-            for future in pending:
-                future.cancel()
+            for started in pending:
+                if not started.cancel():
+                    started.add_done_callback(self._abandon)
 
     def read(self, ids: Ids, valid: npt.NDArray[np.bool_] | None = None) -> Slot:
         """One batch, now.
 
         Raises:
-            IntegrityError: a chunk is missing or fails its checksum; the message names variable, shard and record.
+            IntegrityError: a chunk is missing or fails its checksum; the message names variable, shard and samples.
         """
-        record, start = self.sample.split_id(ids)
-        wanted: dict[str, list[Ids]] = {}
-        for cut in self._cuts:
-            if cut.records:
-                wanted.setdefault(cut.variable.name, []).append(_records(cut, record).ravel())
-        records = {name: np.unique(np.concatenate(parts)) for name, parts in wanted.items()}
-        slabs = self._load(records)
-        begin = time.perf_counter()
+        plan = self._plan(ids, np.ones(len(ids), bool) if valid is None else valid, wait=False)
+        self._fill(plan).result()
+        self._memory.release(plan.slot.nbytes)
+        return plan.slot
 
-        def gather(side: Mapping[str, tuple[Cut, ...]]) -> Stored:
-            return {
-                name: np.concatenate([self._window(cut, slabs, records, record, start) for cut in cuts], axis=1)
-                for name, cuts in side.items()
-            }
+    def _start(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Future[Plan]:
+        return self._fill(self._plan(ids, valid, wait=True))
 
-        slot = Slot(
-            gather(self.sample.inputs),
-            gather(self.sample.targets),
-            ids,
-            np.ones(len(ids), bool) if valid is None else valid,
-        )
-        self.counters.decode_s += time.perf_counter() - begin
-        self.counters.samples += len(ids)
-        return slot
+    def _fill(self, plan: Plan) -> Future[Plan]:
+        taken = self._taken(plan)
 
-    def _window(
-        self, cut: Cut, slabs: Mapping[str, npt.NDArray[Any]], records: Mapping[str, Ids], record: Ids, start: Ids
-    ) -> npt.NDArray[Any]:
-        """One field of a batch, [n, *cut.shape]."""
-        name, count = cut.variable.name, len(record)
-        if not cut.records:
-            origin = record if cut.along == "samples" else start
-            return self._coordinates[name][cut.positions(origin)]
-        rows = np.searchsorted(records[name], _records(cut, record))
-        values = slabs[name][rows, cut.positions(start)] if cut.along == "inside" else slabs[name][rows]
-        return np.ascontiguousarray(values).reshape(count, *cut.shape)
+        def finish(costs: Counters, error: BaseException | None) -> None:
+            if error is None:
+                self._memory.release(taken - plan.slot.nbytes)
+                self._memory.leave(list(plan.chunks.values()))
+                costs.samples, costs.batches, costs.distinct_chunks = len(plan.slot.ids), 1, plan.distinct
+            else:
+                self._memory.release(taken)
+                give_up(plan, self._memory, error)
+            plan.reads.clear()
+            plan.gathers.clear()
+            self._count(costs)
 
-    def _load(self, records: Mapping[str, Ids]) -> dict[str, npt.NDArray[Any]]:
-        """Decoded records by variable, each [len(records), *record]; every distinct chunk is read and decoded once."""
-        begin = time.perf_counter()
-        indexes_before = self._index_cost()
-        plan: list[tuple[str, Coordinates]] = []
-        places: list[tuple[str, Any]] = []
-        for name, rows in records.items():
-            chunks = _chunks(self._layouts[name], rows)
-            plan += [(name, chunk) for chunk in chunks]
-            places += self._indexes[name].locate(chunks)
-        encoded = read_ranges(self._store, places)
-        middle = time.perf_counter()
-        slabs = {name: self._empty(name, len(rows)) for name, rows in records.items()}
+        return self._filler.start(plan, finish)
 
-        def decode(item: tuple[tuple[str, Coordinates], tuple[str, Any], npt.NDArray[np.uint8] | None]) -> int:
-            (name, chunk), (key, _), data = item
-            if data is None:
-                raise IntegrityError(f"{name}: chunk {key} is missing: ingest it again, or hold its samples out")
-            try:
-                _decode_rows(self._layouts[name], chunk, data, records[name], slabs[name])
-            except ValueError as error:
-                raise IntegrityError(
-                    f"{name}: inner chunk {chunk} in {key} is damaged ({error}): restore that object or ingest it again"
-                ) from error
-            return data.nbytes
+    def _abandon(self, started: Future[Future[Plan]]) -> None:
+        """Give back the memory of a batch that nobody will ask for, once it is filled."""
 
-        useful = sum(self._decoders.map(decode, zip(plan, places, encoded, strict=True)))
-        requests, bytes_read = (now - then for now, then in zip(self._index_cost(), indexes_before, strict=True))
-        counters = self.counters
-        counters.requests += len(plan) + requests
-        counters.bytes_read += useful + bytes_read
-        counters.bytes_useful += useful
-        counters.decodes += len(plan)
-        counters.read_s += middle - begin
-        counters.decode_s += time.perf_counter() - middle
-        return slabs
+        def release(filled: Future[Plan]) -> None:
+            if not filled.cancelled() and filled.exception() is None:
+                self._memory.release(filled.result().slot.nbytes)
+
+        if started.exception() is None:
+            started.result().add_done_callback(release)
+
+    def _plan(self, ids: Ids, valid: npt.NDArray[np.bool_], *, wait: bool) -> Plan:
+        """Plan a batch and take the memory for it."""
+        begin, costs = time.perf_counter(), self._index_cost()
+        plan = self._planner.plan(ids, valid, self._memory)
+        try:
+            self._memory.acquire(self._taken(plan), shared=plan.chunk_bytes, wait=wait)
+        except BaseException as error:
+            give_up(plan, self._memory, error)
+            raise
+        requests, bytes_read = (now - then for now, then in zip(self._index_cost(), costs, strict=True))
+        self._count(Counters(requests=requests, bytes_read=bytes_read, plan_s=time.perf_counter() - begin))
+        return plan
+
+    def _taken(self, plan: Plan) -> int:
+        """Bytes that a batch takes until it is delivered: its slot and, but for local files, what is read at once."""
+        return plan.slot.nbytes + (0 if self._local else sum(reads.nbytes for reads in plan.reads))
+
+    def _count(self, costs: Counters) -> None:
+        with self._lock:
+            self._counters.add(costs)
 
     def _index_cost(self) -> tuple[int, int]:
         """(requests, bytes) spent on shard indexes so far."""
         indexes = self._indexes.values()
         return sum(index.requests for index in indexes), sum(index.bytes_read for index in indexes)
-
-    def _empty(self, name: str, rows: int) -> npt.NDArray[Any]:
-        array = self._layouts[name].array
-        return np.empty((rows, *array.shape[1:]), array.dtype)
-
-
-def _records(cut: Cut, record: Ids) -> Ids:
-    """Records that a field needs for samples at `record`, [n, steps] (or [n, 1])."""
-    return cut.positions(record) if cut.along == "samples" else record[:, None]
-
-
-def _chunks(place: Layout, records: Ids) -> list[Coordinates]:
-    """Distinct inner chunks that hold the given records whole."""
-    inner = [range(-(-size // chunk)) for size, chunk in zip(place.array.shape[1:], place.chunk[1:], strict=True)]
-    grid = np.stack(np.meshgrid(np.unique(records // place.chunk[0]), *inner, indexing="ij"), axis=-1)
-    return [tuple(map(int, coordinates)) for coordinates in grid.reshape(-1, place.array.ndim)]
-
-
-def _decode_rows(
-    place: Layout, chunk: Coordinates, data: npt.NDArray[np.uint8], records: Ids, slab: npt.NDArray[Any]
-) -> None:
-    """Decode one chunk and put the rows of `records` that it holds into their places in `slab`."""
-    first = chunk[0] * place.chunk[0]
-    low, high = np.searchsorted(records, (first, first + place.chunk[0]))
-    if place.chunk == (1, *slab.shape[1:]):
-        place.decode(data, slab[low : low + 1])  # a slice, because a record of a one-dimensional array is a scalar
-        return
-    decoded = np.empty(place.chunk, slab.dtype)
-    place.decode(data, decoded)
-    inside = tuple(
-        slice(c * size, min((c + 1) * size, limit))
-        for c, size, limit in zip(chunk[1:], place.chunk[1:], slab.shape[1:], strict=True)
-    )
-    kept = tuple(slice(0, s.stop - s.start) for s in inside)
-    slab[(slice(low, high), *inside)] = decoded[records[low:high] - first][(slice(None), *kept)]

@@ -1,8 +1,11 @@
-"""The ingest recipe: what a data set is made of, as a YAML file says it."""
+"""The ingest recipe: what a data set is made of, as a YAML file or a caller says it.
+
+What a recipe leaves out is taken from the source where the source names it (CF attributes, dimensions, coordinates).
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,46 +13,57 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.quality import Rules
+from gpuops.data.packing import Pack
+from gpuops.data.quality import AxisRules, Rules
 from gpuops.errors import InputError
 
-CODECS = ("zstd", "none")
+CODECS = ("zstd", "blosc-lz4", "blosc-zstd", "none")
+FORMATS = ("icechunk", "zarr")
 
 
 @dataclass(frozen=True, slots=True)
 class VariableRecipe:
     """One variable: where it comes from and what its stored values mean."""
 
-    source: str
-    """`FILE#DATASET` (HDF5, NetCDF-4) or a Zarr array's path; `package://NAME/PATH` is a file of a package."""
-    dims: list[str]
-    """Names of the source's dimensions, in its order."""
-    scale: float = 1.0
-    """Physical units per stored step."""
-    offset: float = 0.0
-    """Physical value of stored 0."""
-    missing: int | None = None
-    """Stored value that means "no data"; in float sources it is stored as NaN."""
+    source: Any = None
+    """`FILE#DATASET` (HDF5, NetCDF), `STORE#ARRAY` (Zarr, Icechunk; paths and URLs), a glob of files that follow
+    one another on the sample axis, `package://NAME/PATH#DATASET`, or in Python an array of NumPy, Dask or xarray."""
+    dims: list[str] = field(default_factory=list)
+    """Names of the source's dimensions, in its order; may be left out where the source names them."""
+    scale: float | None = None
+    """Physical units per stored step; the source's scale_factor, else 1."""
+    offset: float | None = None
+    """Physical value of stored 0; the source's add_offset, else 0."""
+    missing: int | float | None = None
+    """Stored value that means "no data"; in float sources it is stored as NaN. The source's _FillValue."""
     fill: float | None = None
     """Physical value that training and serving put in the place of missing data."""
-    unit: str = "1"
-    """Unit of the physical values."""
-    long_name: str = ""
+    unit: str | None = None
+    """Unit of the physical values; the source's units, else 1."""
+    long_name: str | None = None
     """What it is, in words."""
+    pack: Pack | None = None
+    """Store physical values as integers that keep a tolerance."""
     quality: Rules = field(default_factory=Rules)
     """Rules that block the commit when broken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Coordinate values of a source dimension: first, first + step, ..."""
+    """Coordinate values of a source dimension: first, first + step, ...; or the source's own, with rules."""
 
-    first: float
-    """First value."""
-    step: float
+    first: float | None = None
+    """First value; None takes the coordinate that the source brings."""
+    step: float | None = None
     """Difference between neighbours."""
-    unit: str = "1"
-    """Unit."""
+    unit: str | None = None
+    """Unit; the source's, else 1."""
+    quality: AxisRules = field(default_factory=AxisRules)
+    """Rules that block the commit when broken."""
+
+    def __post_init__(self) -> None:
+        if (self.first is None) != (self.step is None):
+            raise InputError("a coordinate needs first and step, or neither")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +87,33 @@ class Recipe:
     """A data set: its variables, coordinates and layout."""
 
     url: str
-    """Where the store is written."""
+    """Where the store is written: a local directory, or `s3://bucket/prefix` for Icechunk."""
     variables: dict[str, VariableRecipe]
     """By name in the store."""
     coordinates: dict[str, Axis] = field(default_factory=dict)
-    """By source dimension; dimensions left out have none."""
+    """By source dimension; dimensions left out have what the source brings, if it does."""
     tiling: Tiling | None = None
     """None keeps the sources' own axes: the first dimension is the sample axis."""
     codec: str = "zstd"
-    """"zstd" (with checksums, level 1) or "none" (with crc32c)."""
+    """"zstd" (level 1, with checksums), "blosc-lz4", "blosc-zstd" (bitshuffle) or "none" (these with crc32c)."""
     title: str = ""
     """Title of the data set."""
+    format: str = "icechunk"
+    """"icechunk" (versions, atomic commits) or "zarr" (a plain Zarr v3 directory, renamed into place)."""
+    chunk_records: int = 1
+    """Records an inner chunk: what a reader decodes at once."""
+    shard_records: int | None = None
+    """Records a shard, made a multiple of chunk_records; chosen by size if None."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise InputError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
+        if self.format not in FORMATS:
+            raise InputError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
         if not self.variables:
             raise InputError("the recipe declares no variables")
+        if self.chunk_records < 1 or (self.shard_records is not None and self.shard_records < 1):
+            raise InputError("chunk_records and shard_records count records: give at least 1")
 
 
 def load_recipe(path: str | Path, url: str | None = None) -> Recipe:
@@ -106,57 +130,22 @@ def load_recipe(path: str | Path, url: str | None = None) -> Recipe:
         recipe = parser.instantiate(config)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"recipe {file}: {' '.join(str(error).split())}") from error
-    return Recipe(**{**vars(recipe), "url": url or recipe.url})
+    for name, variable in recipe.variables.items():
+        if not isinstance(variable.source, str):
+            raise InputError(f"recipe {file}: {name} has no source: name a file or a store")
+    return Recipe(**{**vars_of(recipe), "url": url or recipe.url})
 
 
-def open_array(url: str) -> Any:
-    """An array-like (shape, dtype, slicing) for a recipe's `source`.
-
-    Raises:
-        InputError: a missing package or file, a truncated file, or no such dataset; the message lists what there is.
-    """
-    location, _, dataset = url.partition("#")
-    path = _package_file(location) if location.startswith("package://") else Path(location)
-    if not path.exists():
-        raise InputError(f"source {path} does not exist: mend `source: {url}` in the recipe")
-    if path.is_dir():
-        import zarr
-
-        try:
-            return zarr.open_array(path / dataset, mode="r")
-        except (FileNotFoundError, ValueError) as error:
-            raise InputError(f"{path / dataset} is not a Zarr array: mend `source: {url}` in the recipe") from error
-    import h5py
-
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} is truncated or not HDF5 ({error}): fetch it again") from error
-    dataset = dataset.strip("/")
-    names: list[str] = []
-    file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
-    if dataset not in names:
-        file.close()
-        raise InputError(
-            f"{path} has no dataset {dataset!r}; it has {', '.join(names) or 'none'}: mend the recipe (FILE#DATASET)"
-        )
-    return file[dataset]
-
-
-def _package_file(url: str) -> Path:
-    """The file behind `package://NAME/PATH`, found without importing the package."""
-    name, _, inside = url.removeprefix("package://").partition("/")
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ModuleNotFoundError, ValueError):  # the parent of a dotted name, or no name
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"package {name!r} is not installed: pip install {name}")
-    return Path(spec.submodule_search_locations[0]) / inside
+def vars_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's keys and values, one level deep."""
+    return {name: getattr(recipe, name) for name in Recipe.__dataclass_fields__}
 
 
 def axis_values(axis: Axis, count: int) -> npt.NDArray[Any]:
     """Coordinate values of `count` points; int32 where they are whole numbers, else float64."""
+    assert axis.first is not None
+    assert axis.step is not None
     values = axis.first + axis.step * np.arange(count)
     whole = float(axis.first).is_integer() and float(axis.step).is_integer()
-    return values.astype(np.int32) if whole else values
+    small = whole and math.fabs(values[-1]) < 2**31
+    return values.astype(np.int32) if small else values

@@ -34,7 +34,7 @@ class Field:
     """One stored variable of a sample, and how it is prepared."""
 
     variable: str
-    """Name in the store."""
+    """Name in the store: an array's, or a channel's where the archive names its channels (anemoi: "2t")."""
     at: tuple[int, ...] | None = None
     """Steps of the window that are taken, in channel order; None takes the record as it is."""
     name: str | None = None
@@ -47,6 +47,8 @@ class Field:
     """Subtract the training split's mean and divide by its standard deviation."""
     raw: bool = False
     """Pass the stored values through unchanged (indices that the model embeds)."""
+    channels: tuple[int | str, ...] | None = None
+    """What is taken along axis 1 of the array, in order: positions, or values of that axis's coordinate; None: all."""
 
 
 Tensors = Mapping[str, list[Field]]
@@ -60,15 +62,22 @@ class Cut:
     field: Field
     variable: Variable
     records: bool
-    """True if the variable has the sample axis; False for a coordinate of the window alone."""
+    """True if the variable has the sample axis; False for a coordinate of the window alone and for a static field."""
     along: str | None
-    """What `at` counts: "samples" (records), "inside" (axis 1 of the array), or None."""
+    """What `at` counts: "samples" (records), "inside" (axis 1 of the array), or None (a static field too)."""
     size: int
     """Length of the window's dimension."""
     cyclic: bool
     """Whether positions wrap round `size`."""
     shape: tuple[int, ...]
-    """[channels, *spatial] of one sample."""
+    """[channels, *spatial] of one sample: channels are steps x axis 1 x further axes before the spatial ones."""
+    channels: tuple[int, ...] | None = None
+    """Positions taken along axis 1 of the stored array, in order; None takes all."""
+
+    @property
+    def static(self) -> bool:
+        """Whether the whole array is part of every sample (a land-sea mask)."""
+        return not self.records and self.along is None
 
     @property
     def name(self) -> str:
@@ -117,7 +126,12 @@ class SampleSpec:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; `from_json` is its inverse."""
-        return asdict(self)
+        document = asdict(self)
+        for side in (document["inputs"], document["targets"]):
+            for field in (field for fields in side.values() for field in fields):
+                if field["channels"] is None:  # so that a sample keeps its digest from before there were channels
+                    del field["channels"]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> SampleSpec:
@@ -152,15 +166,42 @@ class BoundSample:
     """Cuts by input tensor."""
     targets: Mapping[str, tuple[Cut, ...]]
     """Cuts by target tensor."""
+    dim: str
+    """Name of the sample axis; `source.coordinate(bound.dim)` are its values."""
+    steps: tuple[int, ...]
+    """Records that a sample reads, counted from its first one."""
+    absent: Ids
+    """Records that the source declares to hold no data, sorted."""
 
     def samples(self, records: Ids) -> Ids:
-        """Ids of the samples that lie wholly inside `records`: id = record * starts + start."""
+        """Ids of the samples that lie wholly inside `records` and read no absent one: id = record * starts + start."""
+        first = self._first(records)
+        return self._ids(first[~self._reads_absent(first)])
+
+    def left_out(self, records: Ids) -> int:
+        """How many samples inside `records` are left out because they read an absent one."""
+        return int(self._reads_absent(self._first(records)).sum()) * self.starts
+
+    def _first(self, records: Ids) -> Ids:
+        """First records of the samples that lie wholly inside `records`."""
         if self.length > 1:
             inside = np.zeros(self.records + self.length, bool)
             inside[records] = True
             spans = np.lib.stride_tricks.sliding_window_view(inside, self.length)
             records = np.flatnonzero(spans[: self.records].all(axis=1))
-        return (records[:, None] * self.starts + np.arange(self.starts)).ravel()
+        return records
+
+    def _reads_absent(self, first: Ids) -> npt.NDArray[np.bool_]:
+        return np.isin(first, self.unreadable)
+
+    @property
+    def unreadable(self) -> Ids:
+        """First records of the samples that read an absent one, sorted: as many as absent records times steps."""
+        first = np.unique(self.absent[:, None] - np.array(self.steps, np.int64))
+        return first[first >= 0]
+
+    def _ids(self, first: Ids) -> Ids:
+        return (first[:, None] * self.starts + np.arange(self.starts)).ravel()
 
     def split_id(self, ids: Ids) -> tuple[Ids, Ids]:
         """(record, start) of sample ids."""
@@ -171,12 +212,21 @@ class BoundSample:
 def bind(spec: SampleSpec, source: Source) -> BoundSample:
     """Join a declared sample to a source.
 
+    A variable without the sample axis, all of whose dimensions are inner ones of the others, is static: the whole of
+    it is part of every sample.
+
     Raises:
-        InputError: a variable or dimension that is not there, arrays whose sample axes differ, or a window
+        InputError: a variable, channel or dimension that is not there, arrays whose sample axes differ, or a window
             that does not fit.
     """
     window = spec.window
-    variables = [source.variable(field.variable) for field in spec.fields()]
+    variables = [source.resolve(field.variable)[0] for field in spec.fields()]
+    for variable in variables:
+        if str(variable.array.attrs.get("_Unsigned", "")).lower() == "true" and variable.array.dtype.kind == "i":
+            raise InputError(
+                f"{variable.name!r} keeps unsigned values in {variable.array.dtype} (_Unsigned), which would be read "
+                "as negative: re-ingest it"
+            )
     dims = {dim for variable in variables for dim in variable.dims}
     if window is not None and window.dim not in dims:
         raise InputError(
@@ -185,41 +235,54 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
     whole = [variable for variable in variables if not _coordinate(variable, window)]
     if not whole:
         raise InputError("no declared variable has a sample axis: declare at least one that is not a coordinate")
-    sample_dim = whole[0].dims[0]
-    for variable in whole:
-        if variable.dims[0] != sample_dim or variable.array.shape[0] != whole[0].array.shape[0]:
-            raise InputError(
-                f"{variable.name!r} has sample axis {variable.dims[0]} ({variable.array.shape[0]}), "
-                f"{whole[0].name!r} has {sample_dim} ({whole[0].array.shape[0]}): they must be aligned"
-            )
+    sample_dim, records = _sample_axis(whole)
     along_samples = window is not None and window.dim == sample_dim
     if along_samples and window is not None and window.cyclic:
         raise InputError("a window along the sample axis cannot be cyclic: its ends are not neighbours")
 
     def cut_all(side: Tensors) -> dict[str, tuple[Cut, ...]]:
         return {
-            name: tuple(_cut(source.variable(field.variable), field, window, sample_dim) for field in fields)
-            for name, fields in side.items()
+            name: tuple(_cut(source, field, window, sample_dim) for field in fields) for name, fields in side.items()
         }
 
     inputs, targets = cut_all(spec.inputs), cut_all(spec.targets)
-    starts = 1
-    if window is not None and not along_samples:
-        cuts = [cut for side in (inputs, targets) for fields in side.values() for cut in fields]
-        sizes = {cut.name: cut.size for cut in cuts if cut.along == "inside"}
-        if not sizes:
-            raise InputError(f"no field takes steps of the window along {window.dim!r}: give one of them `at`")
-        if len(set(sizes.values())) != 1:
-            raise InputError(f"variables differ in their length along the window's {window.dim!r}: {sizes}")
-        size = next(iter(sizes.values()))
-        starts = size if window.cyclic else size - window.length + 1
-        if window.length > size:
-            raise InputError(f"a window of {window.length} does not fit in dimension {window.dim!r} of {size}")
+    cuts = [cut for side in (inputs, targets) for fields in side.values() for cut in fields]
+    starts = 1 if window is None or along_samples else _starts(window, cuts)
     length = window.length if window is not None and along_samples else 1
-    records = whole[0].array.shape[0]
     if length > records:
         raise InputError(f"a window of {length} does not fit in dimension {sample_dim!r} of {records}")
-    return BoundSample(spec, records, starts, length, inputs, targets)
+    steps = {step for cut in cuts if cut.records for step in (cut.field.at or (0,) if cut.along == "samples" else (0,))}
+    absent = source.absent.get(sample_dim, np.empty(0, np.int64))
+    return BoundSample(spec, records, starts, length, inputs, targets, sample_dim, tuple(sorted(steps)), absent)
+
+
+def _sample_axis(whole: list[Variable]) -> tuple[str, int]:
+    """Name and length of the axis that the variables, static ones left out, have first."""
+    for sample_dim in dict.fromkeys(variable.dims[0] for variable in whole if variable.dims):
+        moving = [variable for variable in whole if variable.dims and variable.dims[0] == sample_dim]
+        inner: dict[str, int] = {}
+        for variable in moving:
+            inner |= dict(zip(variable.dims[1:], variable.array.shape[1:], strict=True))
+        static = [variable for variable in whole if variable not in moving]
+        if sample_dim in inner or not all(_sizes(variable).items() <= inner.items() for variable in static):
+            continue
+        sizes = {variable.name: variable.array.shape[0] for variable in moving}
+        if len(set(sizes.values())) == 1:
+            return sample_dim, moving[0].array.shape[0]
+    first, *others = whole
+    other = next(v for v in others if v.dims[:1] != first.dims[:1] or v.array.shape[:1] != first.array.shape[:1])
+    raise InputError(
+        f"{other.name!r} has sample axis {_axis(other)}, {first.name!r} has {_axis(first)}: they must be aligned; a "
+        "static field has no other dimensions than those behind the sample axis, of the same sizes"
+    )
+
+
+def _axis(variable: Variable) -> str:
+    return f"{variable.dims[0]} ({variable.array.shape[0]})" if variable.dims else "none"
+
+
+def _sizes(variable: Variable) -> dict[str, int]:
+    return dict(zip(variable.dims, variable.array.shape, strict=True))
 
 
 def _coordinate(variable: Variable, window: Window | None) -> bool:
@@ -227,16 +290,33 @@ def _coordinate(variable: Variable, window: Window | None) -> bool:
     return window is not None and variable.dims == (window.dim,)
 
 
-def _cut(variable: Variable, field: Field, window: Window | None, sample_dim: str) -> Cut:
+def _starts(window: Window, cuts: list[Cut]) -> int:
+    """Windows that begin inside one record."""
+    sizes = {cut.name: cut.size for cut in cuts if cut.along == "inside"}
+    if not sizes:
+        raise InputError(f"no field takes steps of the window along {window.dim!r}: give one of them `at`")
+    if len(set(sizes.values())) != 1:
+        raise InputError(f"variables differ in their length along the window's {window.dim!r}: {sizes}")
+    size = next(iter(sizes.values()))
+    if window.length > size:
+        raise InputError(f"a window of {window.length} does not fit in dimension {window.dim!r} of {size}")
+    return size if window.cyclic else size - window.length + 1
+
+
+def _cut(source: Source, field: Field, window: Window | None, sample_dim: str) -> Cut:
+    variable, channel = source.resolve(field.variable)
     cyclic = window is not None and window.cyclic
     steps = len(field.at or (0,))
     if _coordinate(variable, window):
         assert window is not None
         moved = "samples" if window.dim == sample_dim else "inside"
         return Cut(field, variable, False, moved, variable.array.shape[0], cyclic, (steps,))
-    inner = variable.array.shape[1:]
+    static = variable.dims[:1] != (sample_dim,)
+    if static and (field.at is not None or field.channels is not None):
+        raise InputError(f"{variable.name!r} has no axis {sample_dim!r}: it is static, leave `at` and `channels` out")
+    inner = variable.array.shape if static else variable.array.shape[1:]
     along: str | None = None
-    size = variable.array.shape[0]
+    size = variable.array.shape[0] if inner or not static else 1
     if field.at is not None:
         assert window is not None
         if window.dim == sample_dim:
@@ -247,6 +327,37 @@ def _cut(variable: Variable, field: Field, window: Window | None, sample_dim: st
             raise InputError(
                 f"{variable.name!r} has dimensions {variable.dims}: the window's {window.dim!r} must be first or second"
             )
-    spatial = inner[-2:]
-    channels = steps * math.prod(inner[: -len(spatial)] if spatial else inner)
-    return Cut(field, variable, True, along, size, cyclic, (channels, *spatial))
+    channels = _channels(source, variable, field, channel)
+    if channels is not None:
+        if along == "inside":
+            raise InputError(f"{variable.name!r}: the window moves along axis 1, so `channels` cannot be taken from it")
+        inner = (len(channels), *inner[1:])
+    spatial = inner[-variable.spatial :] if len(inner) > variable.spatial or channels is None else inner[1:]
+    leading = math.prod(inner[: len(inner) - len(spatial)])
+    return Cut(field, variable, not static, along, size, cyclic, (steps * leading, *spatial), channels)
+
+
+def _channels(source: Source, variable: Variable, field: Field, named: int | None) -> tuple[int, ...] | None:
+    """Positions along axis 1 that a field takes."""
+    if named is not None:
+        if field.channels is not None:
+            raise InputError(
+                f"{field.variable!r} is a channel of {variable.name!r}: leave `channels` out, or name that"
+            )
+        return (named,)
+    if field.channels is None:
+        return None
+    if variable.array.ndim < 2 or not field.channels:
+        raise InputError(f"{variable.name!r} has dimensions {variable.dims}: it has no channels {field.channels}")
+    count = variable.array.shape[1]
+    names = source.channel_names(variable) if any(isinstance(c, str) for c in field.channels) else ()
+    positions = []
+    for wanted in field.channels:
+        if isinstance(wanted, str) and wanted in names:
+            positions.append(names.index(wanted))
+        elif isinstance(wanted, int) and 0 <= wanted < count:
+            positions.append(wanted)
+        else:
+            listed = ", ".join(names) or f"positions 0 to {count - 1}"
+            raise InputError(f"{variable.name!r} has no channel {wanted!r} along {variable.dims[1]!r}; it has {listed}")
+    return tuple(positions)

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import obstore.exceptions
-import obstore.store
+import numpy as np
+import numpy.typing as npt
 import zarr
 import zarr.abc.store
-from zarr.core.sync import sync
 
+from gpuops.data import anemoi
+from gpuops.data.icechunk_store import history, open_session
+from gpuops.data.icechunk_store import local_storage as local_storage
+from gpuops.data.identity import META as META
+from gpuops.data.identity import array_metadata as array_metadata
+from gpuops.data.identity import recorded_fingerprint, weak_fingerprint
+from gpuops.data.identity import strong_fingerprint as strong_fingerprint
+from gpuops.data.place import cannot_open, is_icechunk, local_path, object_store
+from gpuops.data.variable import Variable as Variable
+from gpuops.data.variable import decoded, is_time, read_variable
 from gpuops.errors import InputError
-from gpuops.lineage.version import canonical_json
 
 if TYPE_CHECKING:
-    import icechunk
     import xarray as xr
 
-META = ".gpuops"
-"""Group inside a store that ingest fills: digests, statistics and sketches, by variable."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variable:
-    """One array of a source with its CF packing: physical = stored * scale + offset."""
-
-    name: str
-    """Name in the group."""
-    array: zarr.Array[Any]
-    """The stored array, packed."""
-    dims: tuple[str, ...]
-    """Dimension names; the first is the sample axis."""
-    scale: float
-    """CF scale_factor."""
-    offset: float
-    """CF add_offset."""
-    missing: int | None
-    """CF _FillValue of an integer array; float arrays use NaN."""
-    fill: float | None
-    """Physical value that the ingest recipe declares for missing data, if any."""
-    unit: str
-    """CF units."""
+Positions = npt.NDArray[np.int64]
+"""Positions along a dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +47,17 @@ class Source:
     fingerprint: str
     """sha256 over array metadata and content: what enters the order and the version id."""
     weak: bool
-    """True where the fingerprint rests on metadata, names and sizes, because the store holds no digests."""
+    """True where the store holds no digests, so that the fingerprint rests on something less than the content."""
     variables: Mapping[str, Variable]
-    """Arrays by name, coordinates included."""
+    """Arrays by name, coordinates included; those of groups inside have slashes in their names."""
+    rests_on: str = "content"
+    """What the fingerprint is made of, in words."""
+    missing_chunks: str = "error"
+    """What the reader does about a chunk that is not there: "error", or "fill" with the array's fill_value."""
+    channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names along axis 1, by variable, where the archive's convention gives them (anemoi)."""
+    absent: Mapping[str, Positions] = field(default_factory=dict)
+    """Positions that hold no data, sorted, by dimension, where the archive declares them (anemoi's missing dates)."""
 
     @property
     def group(self) -> zarr.Group:
@@ -74,8 +67,46 @@ class Source:
     def variable(self, name: str) -> Variable:
         """One variable; InputError lists those there are."""
         if name not in self.variables:
-            raise InputError(f"{self.url} has no variable {name!r}; it has {', '.join(sorted(self.variables))}")
+            known = [*sorted(self.variables), *(channel for names in self.channels.values() for channel in names)]
+            raise InputError(f"{self.url} has no variable {name!r}; it has {', '.join(known)}")
         return self.variables[name]
+
+    def resolve(self, name: str) -> tuple[Variable, int | None]:
+        """The variable that a field names, and its position along axis 1 if the name is a channel's.
+
+        Raises:
+            InputError: neither a variable nor a channel; the message lists those there are.
+        """
+        if name not in self.variables:
+            for holder, names in self.channels.items():
+                if name in names:
+                    return self.variables[holder], names.index(name)
+        return self.variable(name), None
+
+    def channel_names(self, variable: Variable) -> tuple[str, ...]:
+        """Names along axis 1: the convention's, else the values of that dimension's coordinate; none without either."""
+        if variable.name in self.channels:
+            return self.channels[variable.name]
+        holder = self.variables.get(variable.dims[1]) if len(variable.dims) > 1 else None
+        if holder is None or holder.array.shape != variable.array.shape[1:2]:
+            return ()
+        return tuple(map(str, np.asarray(holder.array[:]).tolist()))
+
+    def coordinate(self, dim: str) -> npt.NDArray[Any]:
+        """Values along a dimension, times decoded to datetime64[ns].
+
+        The variable of the dimension's own name, else the only variable on that dimension alone that holds times
+        (anemoi: `dates` on `time`).
+
+        Raises:
+            InputError: there is none, or its calendar has dates that datetime64 cannot hold.
+        """
+        alone = [v for v in self.variables.values() if v.dims == (dim,)]
+        named = [v for v in alone if v.name == dim] or [v for v in alone if is_time(v)]
+        if len(named) != 1:
+            listed = ", ".join(sorted(v.name for v in alone)) or "none"
+            raise InputError(f"{self.url} has no coordinate {dim!r}; variables on that dimension alone: {listed}")
+        return decoded(named[0])
 
     def meta(self, kind: str, variable: str) -> zarr.Array[Any] | None:
         """What ingest recorded: `kind` is "digests", "stats" or "sketch"; None for a store we did not write."""
@@ -91,160 +122,77 @@ class Source:
         return dataset
 
 
-def open(url: str | Path, snapshot: str | None = None) -> Source:
-    """Open a Zarr group for reading.
+def open(url: str | Path, snapshot: str | None = None, *, missing_chunks: str = "error") -> Source:
+    """Open a Zarr group for reading, where it lies.
 
     Args:
-        url: a local path, or a URL that obstore understands (`s3://`, `gs://`, `az://`, `file://`).
-        snapshot: Icechunk snapshot id; the tip of `main` if None.
+        url: a local path, `file://`, `s3://`, `gs://`, `az://` or `http(s)://`; the settings of an object store come
+            from the environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, credentials, ...).
+        snapshot: Icechunk snapshot id, tag, branch or ISO 8601 time; the tip of `main` if None.
+        missing_chunks: what the reader does about a chunk that is not there: "error", or "fill" to deliver the
+            array's fill_value, which is what an archive means that leaves out chunks without data.
 
     Raises:
-        InputError: nothing there, not Zarr, or an unknown snapshot.
+        InputError: nothing there, not Zarr, an unknown snapshot, or another word for `missing_chunks`.
     """
     url = str(url)
-    if "://" in url:
-        store, kind = _object_store(url), "zarr"
-    else:
-        path = Path(url)
-        if not path.exists():
-            raise InputError(f"{path} does not exist: give the path of a Zarr group or an Icechunk repository")
-        kind = "icechunk" if (path / "snapshots").is_dir() else "zarr"
-        if kind == "icechunk":
-            store, snapshot = _icechunk(path, snapshot)
-        else:
-            store = zarr.storage.LocalStore(path, read_only=True)
-    if kind == "zarr" and snapshot is not None:
+    if missing_chunks not in ("error", "fill"):
+        raise InputError(f"missing_chunks={missing_chunks!r} is neither 'error' nor 'fill': give one of them")
+    path = local_path(url)
+    if path is not None and not path.exists():
+        raise InputError(f"{path} does not exist: give the path of a Zarr group or an Icechunk repository")
+    store: zarr.abc.store.Store
+    kind = "icechunk" if is_icechunk(url) else "zarr"
+    if kind == "icechunk":
+        store, snapshot = open_session(url, snapshot)
+    elif snapshot is not None:
         raise InputError(f"{url} is plain Zarr, which has no snapshots: leave the snapshot out")
+    elif path is not None:
+        store = zarr.storage.LocalStore(path, read_only=True)
+    else:
+        store = zarr.storage.ObjectStore(object_store(url), read_only=True)
+    group, variables = _read(url, store)
+    channels: dict[str, tuple[str, ...]] = {}
+    absent: dict[str, Positions] = {}
+    if anemoi.is_anemoi(group):
+        variables[anemoi.DATA] = replace(variables[anemoi.DATA], dims=anemoi.DIMS, spatial=1)
+        channels[anemoi.DATA] = anemoi.names(group)
+        if len(missing := anemoi.missing_dates(group)):
+            absent[anemoi.DIMS[0]] = missing
+    recorded, rests_on = recorded_fingerprint(group), "content"
+    fingerprint = recorded
+    if fingerprint is None:
+        fingerprint, rests_on = weak_fingerprint(store, snapshot, variables)
+    weak = recorded is None
+    return Source(url, kind, store, snapshot, fingerprint, weak, variables, rests_on, missing_chunks, channels, absent)
+
+
+def snapshots(source: Source) -> list[dict[str, Any]]:
+    """Snapshots of an Icechunk repository up to the one opened, newest first; empty for plain Zarr."""
+    return [] if source.snapshot is None else history(source.url, source.snapshot)
+
+
+def _read(url: str, store: zarr.abc.store.Store) -> tuple[zarr.Group, dict[str, Variable]]:
+    """The root group, and every array in it whose path has no part that begins with a dot or an underscore."""
     try:
-        group = zarr.open_group(store, mode="r")
-    except obstore.exceptions.BaseError as error:
-        raise _not_opened(url, error) from error
+        with warnings.catch_warnings():
+            # Consolidated v3 metadata, and files beside the arrays (a README): nothing that a reader must act on.
+            warnings.simplefilter("ignore")
+            group = zarr.open_group(store, mode="r")
+            members = dict(group.members(max_depth=None))
     except (FileNotFoundError, ValueError, NotADirectoryError, KeyError) as error:
         raise InputError(
             f"{url} is not a Zarr group (no zarr.json or .zgroup): `gpuops ingest` makes one from HDF5 or NetCDF"
         ) from error
-    variables = {name: _variable(name, array) for name, array in group.arrays()}
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "obstore":
+            raise
+        raise cannot_open(url, error) from error
+    variables = {
+        name: read_variable(name, node)
+        for name, node in sorted(members.items())
+        if isinstance(node, zarr.Array) and not any(part.startswith((".", "_")) for part in name.split("/"))
+    }
     if not variables:
-        raise InputError(f"{url} holds no arrays at its root: give the path of the group that does")
-    recorded = _recorded_fingerprint(group)
-    fingerprint = recorded or _weak_fingerprint(store, variables)
-    return Source(url, kind, store, snapshot, fingerprint, recorded is None, variables)
-
-
-def snapshots(source: Source) -> list[dict[str, str]]:
-    """Snapshots of an Icechunk repository up to the one opened, newest first; empty for plain Zarr."""
-    if source.kind != "icechunk":
-        return []
-    import icechunk
-
-    repository = icechunk.Repository.open(local_storage(Path(source.url)))
-    return [
-        {"id": info.id, "written": info.written_at.isoformat(timespec="seconds"), "message": info.message}
-        for info in repository.ancestry(snapshot_id=source.snapshot)
-    ]
-
-
-def local_storage(path: Path) -> icechunk.Storage:
-    """Icechunk storage in a local directory, without its warning about concurrent commits: an ingest commits once."""
-    import icechunk
-
-    icechunk.set_logs_filter("error")
-    return icechunk.local_filesystem_storage(str(path))
-
-
-def strong_fingerprint(metadata: Mapping[str, Any], digests: Mapping[str, list[str]]) -> str:
-    """sha256 over {array metadata, per-shard content digests in key order}, both by variable."""
-    return hashlib.sha256(canonical_json({"arrays": dict(metadata), "digests": dict(digests)})).hexdigest()
-
-
-def array_metadata(array: zarr.Array[Any]) -> dict[str, Any]:
-    """What of an array's metadata makes its identity: all that changes the meaning of its bytes."""
-    document = array.metadata.to_dict()
-    kept = (
-        "shape",
-        "data_type",
-        "dtype",
-        "chunk_grid",
-        "chunks",
-        "codecs",
-        "compressor",
-        "filters",
-        "order",
-        "attributes",
-    )
-    return {key: _plain(document[key]) for key in kept if key in document}
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; what JSON cannot hold becomes its text."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | bool | None) else repr(value)
-
-
-def _object_store(url: str) -> zarr.abc.store.Store:
-    try:
-        return zarr.storage.ObjectStore(obstore.store.from_url(url), read_only=True)
-    except (obstore.exceptions.BaseError, ValueError) as error:
-        raise _not_opened(url, error) from error
-
-
-def _not_opened(url: str, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0]
-    return InputError(f"{url} cannot be opened ({reason}): check the URL (s3://, gs://, az://, file://) and the access")
-
-
-def _icechunk(path: Path, snapshot: str | None) -> tuple[zarr.abc.store.Store, str]:
-    import icechunk
-
-    try:
-        repository = icechunk.Repository.open(local_storage(path))
-        if snapshot is None:
-            session = repository.readonly_session("main")
-        else:
-            session = repository.readonly_session(snapshot_id=snapshot)
-    except (icechunk.IcechunkError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path} is no Icechunk repository with that snapshot ({reason}): see `gpuops inspect {path}`"
-        ) from error
-    return session.store, session.snapshot_id
-
-
-def _variable(name: str, array: zarr.Array[Any]) -> Variable:
-    attributes: dict[str, Any] = array.attrs.asdict()
-    dims = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS")
-    names = tuple(str(d) for d in dims) if dims else tuple(f"dim_{i}" for i in range(array.ndim))
-    missing = attributes.get("_FillValue")
-    if missing is None and array.metadata.zarr_format == 2:
-        missing = array.fill_value if "scale_factor" in attributes else None
-    fill = attributes.get("gpuops_fill")
-    return Variable(
-        name,
-        array,
-        names,
-        float(attributes.get("scale_factor", 1.0)),
-        float(attributes.get("add_offset", 0.0)),
-        int(missing) if missing is not None and array.dtype.kind in "iu" else None,
-        None if fill is None else float(fill),
-        str(attributes.get("units", "1")),
-    )
-
-
-def _recorded_fingerprint(group: zarr.Group) -> str | None:
-    """The fingerprint that ingest kept in the commit, if this store is one of ours."""
-    meta = group.get(META)
-    value = None if meta is None else meta.attrs.get("fingerprint")
-    return None if value is None else str(value)
-
-
-def _weak_fingerprint(store: zarr.abc.store.Store, variables: Mapping[str, Variable]) -> str:
-    """Metadata, keys and sizes: what a foreign store tells without reading its data."""
-
-    async def listed() -> list[tuple[str, int]]:
-        return [(key, await store.getsize(key)) async for key in store.list()]
-
-    metadata = {name: array_metadata(variable.array) for name, variable in variables.items()}
-    return hashlib.sha256(canonical_json({"arrays": metadata, "keys": sorted(sync(listed()))})).hexdigest()
+        raise InputError(f"{url} holds no arrays: give the path of the group that does")
+    return group, variables

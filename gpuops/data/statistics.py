@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuops.data.sample import Cut, Ids
-from gpuops.data.source import Source, Variable
+from gpuops.data.source import Source
 from gpuops.errors import InputError
 
 COLUMNS = ("count", "mean", "m2", "min", "max")
@@ -31,7 +31,7 @@ def channels_of(record_shape: tuple[int, ...]) -> int:
     return record_shape[0] if len(record_shape) >= 3 else 1
 
 
-def describe(stored: npt.NDArray[Any], scale: float, offset: float, missing: int | None) -> Rows:
+def describe(stored: npt.NDArray[Any], scale: float, offset: float, missing: int | float | None) -> Rows:
     """Physical statistics of each record and channel, [records, channels, 5].
 
     Args:
@@ -78,14 +78,12 @@ def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...],
         InputError: the field has no data in these records.
     """
     variable = cut.variable
-    recorded = source.meta("stats", variable.name)
-    rows = _survey(variable, records) if recorded is None else np.asarray(recorded[:])[records]
-    merged = merge(rows)
+    merged = merge(rows_of(source, cut, records))
     if cut.along == "inside" or cut.shape[0] % len(merged):
         merged = merge(merged)[None]
     elif len(merged) > 1:
         # Channels are [steps, first axis of a record, further axes]: statistics know the first axis alone.
-        further = math.prod(variable.array.shape[2:-2])
+        further = math.prod(variable.array.shape[2 : -variable.spatial])
         merged = np.tile(np.repeat(merged, further, axis=0), (cut.shape[0] // (len(merged) * further), 1))
     count, mean, m2 = merged[:, 0], merged[:, 1], merged[:, 2]
     if not count.all():
@@ -93,10 +91,27 @@ def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...],
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(m2 / count)))
 
 
-def _survey(variable: Variable, records: Ids) -> Rows:
+def rows_of(source: Source, cut: Cut, records: Ids) -> Rows:
+    """Statistics of a field's stored data in the given records, [records, channels, 5].
+
+    What ingest recorded, or what is found by reading the records. A static field has one row.
+
+    Args:
+        source: an opened source.
+        cut: the field; the channels that it takes are looked at, where statistics know channels.
+        records: records; where nothing is recorded, `SURVEYED` of them, evenly spaced.
+    """
+    variable = cut.variable
+    channels = None if cut.channels is None else list(cut.channels)
+    packing = variable.scale, variable.offset, variable.missing
+    if cut.static:
+        return describe(np.asarray(variable.array[...])[None], *packing)
+    recorded = source.meta("stats", variable.name)
+    if recorded is not None:
+        rows: Rows = np.asarray(recorded[:])[records]
+        return rows if channels is None or rows.shape[1] == 1 else rows[:, channels]
     chosen = records[np.unique(np.linspace(0, len(records) - 1, min(SURVEYED, len(records))).astype(np.int64))]
-    one = [
-        describe(np.asarray(variable.array[int(r)])[None], variable.scale, variable.offset, variable.missing)
-        for r in chosen
-    ]
-    return np.concatenate(one)
+    stored = (np.asarray(variable.array[int(record)]) for record in chosen)
+    return np.concatenate(
+        [describe((record if channels is None else record[channels])[None], *packing) for record in stored]
+    )

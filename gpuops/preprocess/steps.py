@@ -34,8 +34,8 @@ class Unpack:
     """Physical units per stored step."""
     offset: float = 0.0
     """Physical value of stored 0."""
-    missing: int | None = None
-    """Stored value that means "no data"."""
+    missing: int | float | None = None
+    """Stored value that means "no data"; in a float array NaN does as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Coefficients:
     """The folded steps of one tensor, as `torch.ops.gpuops.transform` takes them."""
 
     table: npt.NDArray[np.float32]
-    """float32 [5, channels]; rows a, b, low, high, fill."""
+    """float32 [6, channels]; rows a, b, low, high, fill, absent (a float32 stored value that is missing, or NaN)."""
     missing: npt.NDArray[np.int32]
     """int32 [2, channels]; rows value, flag (0: the channel has no missing value)."""
 
@@ -116,13 +116,16 @@ class Part:
         """Coefficients of these channels; folded in float64, rounded once to float32."""
         ones = np.ones(self.channels)
         a, b, low, high, fill = ones, 0 * ones, -np.inf * ones, np.inf * ones, np.nan * ones
-        value, flag = 0, self.dtype == "float32"
+        is_float = self.dtype == "float32"
+        value, flag, absent = 0, is_float, np.nan * ones
         for step in self.steps:
             match step:
                 case Unpack():
                     a, b = a * step.scale, b * step.scale + step.offset
-                    if step.missing is not None:
-                        value, flag = step.missing, True
+                    if step.missing is not None and is_float:
+                        absent = step.missing * ones
+                    elif step.missing is not None:
+                        value, flag = int(step.missing), True
                 case Fill():
                     fill = np.where(np.isnan(fill), step.value, fill)  # an earlier Fill left nothing missing
                 case Clip():
@@ -132,7 +135,7 @@ class Part:
                     mean, std = (np.broadcast_to(v, self.channels) for v in (step.mean, step.std))
                     a = a / std
                     b, low, high, fill = ((v - mean) / std for v in (b, low, high, fill))
-        table = np.stack([a, b, low, high, fill]).astype(np.float32)
+        table = np.stack([a, b, low, high, fill, absent]).astype(np.float32)
         missing = np.tile(np.array([[value], [flag]], np.int32), (1, self.channels))
         return Coefficients(table, missing)
 

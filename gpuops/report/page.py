@@ -114,12 +114,20 @@ def _reading(record: Mapping[str, Any]) -> str:
     ranks = [rank for rank in record.get("reading") or [] if rank]
     if not ranks:
         return ""
-    stall = max(rank["stall_s"] for rank in ranks)
+    slowest = max(ranks, key=lambda rank: rank["stall_s"])
+
+    def shown(key: str, form: str) -> str:
+        value = slowest.get(key)
+        return "unknown" if value is None else format(value, form)
+
     rows = {
         "ranks, epochs, samples": f"{record['world_size']}, {record['epochs']}, {record['samples_seen']:,}",
-        "requests a sample": f"{ranks[0]['requests_per_sample']:.3f}",
-        "bytes read a useful byte": f"{ranks[0]['bytes_per_useful_byte']:.4f}",
-        "waited for data": f"{stall:.1f} s on the slowest rank",
+        "requests a sample": shown("requests_per_sample", ".3f"),
+        "bytes read a useful byte": shown("bytes_per_useful_byte", ".4f"),
+        "decodes a distinct chunk": shown("decodes_per_distinct_chunk", ".3f"),
+        "waited for data": f"{slowest['stall_s']:.1f} s ({shown('stall_share', '.1%')}) on the slowest rank",
+        "limited by": slowest.get("limiting_stage") or "unknown",
+        "held at most": f"{slowest['held_bytes'] / 1e6:.0f} of {slowest['budget_bytes'] / 1e6:.0f} MB",
     }
     return _table(rows.items())
 

@@ -133,7 +133,13 @@ def _own_config(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, ZarrDataModule):
         declared = {name: getattr(data, name) for name in ("global_batch", "seed", "dtype")}
-        config["data"] = {"sample": data.sample.to_json(), "holdout": data.holdout and asdict(data.holdout), **declared}
+        parts = {key: getattr(data, key) for key in ("holdout", "test", "train", "sampling", "lanes")}
+        config["data"] = {
+            "sample": data.sample.to_json(),
+            "gap": data.gap,
+            **{key: part and asdict(part) for key, part in parts.items()},
+            **declared,
+        }
     return config
 
 

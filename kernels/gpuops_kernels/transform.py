@@ -39,21 +39,22 @@ def reference(x: Tensor, coefficients: Tensor, missing: Tensor, dtype: torch.dty
 
     Args:
         x: [N, C, *spatial] stored numbers, dtype one of `INPUT_DTYPES`, 0 to 3 spatial axes.
-        coefficients: [5, C] float32, rows a, b, lo, hi, fill. lo and hi may be infinite; lo <= hi.
-        missing: [2, C] int32, rows value, flag. Where flag is 0 the channel has no missing value. For float32 `x` the
-            missing value is NaN and the value row is not read.
+        coefficients: [6, C] float32, rows a, b, lo, hi, fill, absent. lo and hi may be infinite; lo <= hi. A float32
+            `x` equal to absent is missing; NaN there means that there is no such value.
+        missing: [2, C] int32, rows value, flag. Where flag is 0 the channel has no missing value. For float32 `x` NaN
+            and absent are missing and the value row is not read.
         dtype: Dtype of the result, one of `OUTPUT_DTYPES`.
 
     Returns:
         [N, C, *spatial] of `dtype`, in the units that `coefficients` maps to.
     """
     per_channel = (x.shape[1],) + (1,) * (x.dim() - 2)
-    a, b, lo, hi, fill = (coefficients[row].reshape(per_channel) for row in range(5))
+    a, b, lo, hi, fill, absent = (coefficients[row].reshape(per_channel) for row in range(6))
     value, flag = (missing[row].reshape(per_channel) for row in range(2))
     if x.dtype == torch.uint16:
         x = x.to(torch.int32)  # torch has few uint16 operators; TensorRT has no 16-bit integers at all
     # Integers are compared as integers: in float32, 16777216 and 16777217 would be the same missing value.
-    is_missing = torch.isnan(x) if x.is_floating_point() else x.to(torch.int32) == value
+    is_missing = torch.isnan(x) | (x == absent) if x.is_floating_point() else x.to(torch.int32) == value
     y = x.to(torch.float32) * a + b
     y = torch.minimum(torch.maximum(y, lo), hi)  # both keep NaN
     return torch.where(is_missing & (flag != 0), fill, y).to(dtype)
@@ -77,7 +78,7 @@ def transform_kernel(  # type: ignore[no-untyped-def]
     Args:
         x_ptr: [planes, inner] stored numbers.
         y_ptr: [planes, inner] results.
-        coefficients_ptr: [5, C] float32.
+        coefficients_ptr: [6, C] float32.
         missing_ptr: [2, C] int32.
         planes: N * C.
         inner: Elements a plane. A multiple of 16 gives 128-bit loads and stores, which Triton picks at each call.
@@ -111,8 +112,11 @@ def transform_kernel(  # type: ignore[no-untyped-def]
     hi = tl.load(coefficients_ptr + 3 * C + channel)
     fill = tl.load(coefficients_ptr + 4 * C + channel)
     flag = tl.load(missing_ptr + C + channel)
-    # The condition is known at compile time: one of the two is compiled, and float32 never loads the value row.
-    is_missing = x != x if x.dtype.is_floating() else x.to(tl.int32) == tl.load(missing_ptr + channel)
+    # The condition is known at compile time: one of the two is compiled, and loads its own row.
+    if x.dtype.is_floating():
+        is_missing = (x != x) | (x == tl.load(coefficients_ptr + 5 * C + channel))
+    else:
+        is_missing = x.to(tl.int32) == tl.load(missing_ptr + channel)
 
     y = tl.fma(x.to(tl.float32), a, b)
     y = tl.maximum(y, lo, propagate_nan=tl.PropagateNan.ALL)
@@ -236,7 +240,7 @@ def _check(x: Tensor, coefficients: Tensor, missing: Tensor, dtype: torch.dtype)
         raise ValueError(f"x has shape {tuple(x.shape)}: pass [N, C, *spatial] with 0 to 3 spatial axes")
     channels = x.shape[1]
     for name, tensor, rows, want in (
-        ("coefficients", coefficients, 5, torch.float32),
+        ("coefficients", coefficients, 6, torch.float32),
         ("missing", missing, 2, torch.int32),
     ):
         if tensor.dtype != want:

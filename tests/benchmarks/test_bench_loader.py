@@ -69,7 +69,7 @@ def test_too_few_samples_are_refused_in_one_line():
 def test_a_subject_that_delivers_other_samples_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(BENCH.parent)
     bench = importlib.import_module("bench_loader")
-    fields = bench.smooth_fields(256, (4, 4))
+    fields = importlib.import_module("loader_cases").smooth_fields(256, (4, 4))
     epoch = bench.epoch(256, "fingerprint", 0)
     bench.check("right", lambda epoch: (fields[ids] for ids in epoch.batches), epoch, fields)
     with pytest.raises(SystemExit, match="wrong delivered other samples"):

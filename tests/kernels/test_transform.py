@@ -59,7 +59,9 @@ def test_bfloat16_is_float32_rounded_to_nearest_even(dtype: torch.dtype) -> None
 def simple(x: torch.Tensor, *, lo: float = -np.inf, hi: float = np.inf, missing: int = 0, flag: int = 0) -> Case:
     """One channel, y = x unless clipped or missing (then -1)."""
     return Case(
-        x, torch.tensor([[1.0], [0.0], [lo], [hi], [-1.0]]), torch.tensor([[missing], [flag]], dtype=torch.int32)
+        x,
+        torch.tensor([[1.0], [0.0], [lo], [hi], [-1.0], [torch.nan]]),
+        torch.tensor([[missing], [flag]], dtype=torch.int32),
     )
 
 
@@ -111,19 +113,19 @@ BAD_ARGUMENTS = [
     ("x", torch.zeros(2, 3, 4, dtype=torch.bool), "x is torch.bool"),
     ("x", torch.zeros(3, dtype=torch.int16), r"x has shape \(3,\): pass \[N, C, \*spatial\]"),
     ("x", torch.zeros(1, 3, 1, 1, 1, 1, dtype=torch.int16), "0 to 3 spatial axes"),
-    ("x", torch.zeros(2, 4, 4, dtype=torch.int16), r"x has 4 channels, so pass \[5, 4\]"),
+    ("x", torch.zeros(2, 4, 4, dtype=torch.int16), r"x has 4 channels, so pass \[6, 4\]"),
     ("x", torch.zeros(2, 4, 3, dtype=torch.int16).transpose(1, 2), r"x\.contiguous\(\)"),
     ("x", torch.zeros(2, 3, 4, 4, dtype=torch.int16).to(memory_format=torch.channels_last), r"x\.contiguous\(\)"),
     ("x", torch.zeros(2, 3, 4, 4, dtype=torch.int16)[:, :, :, ::2], r"x\.contiguous\(\)"),
     ("x", torch.zeros(2, 3, requires_grad=True), "no gradient passes"),
     ("x", torch.zeros(2, 3, 4, 4, dtype=torch.int16, device="meta"), r"coefficients is on cpu and x on meta"),
-    ("coefficients", torch.zeros(5, 3, dtype=torch.float64), r"coefficients\.to\(torch\.float32\)"),
-    ("coefficients", torch.zeros(4, 3), r"coefficients has shape \(4, 3\).*pass \[5, 3\]"),
-    ("coefficients", torch.zeros(5, 1), r"coefficients has shape \(5, 1\)"),
-    ("coefficients", torch.zeros(5, 3, 1), r"coefficients has shape \(5, 3, 1\)"),
-    ("coefficients", torch.zeros(3, 5).t(), r"coefficients\.contiguous\(\)"),
-    ("coefficients", torch.zeros(5, 3, requires_grad=True), "no gradient passes"),
-    ("coefficients", torch.zeros(5, 3, device="meta"), r"coefficients\.to\(x\.device\)"),
+    ("coefficients", torch.zeros(6, 3, dtype=torch.float64), r"coefficients\.to\(torch\.float32\)"),
+    ("coefficients", torch.zeros(4, 3), r"coefficients has shape \(4, 3\).*pass \[6, 3\]"),
+    ("coefficients", torch.zeros(6, 1), r"coefficients has shape \(6, 1\)"),
+    ("coefficients", torch.zeros(6, 3, 1), r"coefficients has shape \(6, 3, 1\)"),
+    ("coefficients", torch.zeros(3, 6).t(), r"coefficients\.contiguous\(\)"),
+    ("coefficients", torch.zeros(6, 3, requires_grad=True), "no gradient passes"),
+    ("coefficients", torch.zeros(6, 3, device="meta"), r"coefficients\.to\(x\.device\)"),
     ("missing", torch.zeros(2, 3, dtype=torch.int64), r"missing\.to\(torch\.int32\)"),
     ("missing", torch.zeros(3, dtype=torch.int32), r"missing has shape \(3,\)"),
     ("missing", torch.zeros(3, 2, dtype=torch.int32).t(), r"missing\.contiguous\(\)"),

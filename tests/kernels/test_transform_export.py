@@ -132,13 +132,13 @@ def test_exports_for_cuda_without_a_gpu_and_with_free_sizes() -> None:
 
     with FakeTensorMode():
         x = torch.empty(4, 3, 16, 16, dtype=torch.int16, device="cuda")
-        tables = torch.empty(5, 3, device="cuda"), torch.empty(2, 3, dtype=torch.int32, device="cuda")
+        tables = torch.empty(6, 3, device="cuda"), torch.empty(2, 3, dtype=torch.int32, device="cuda")
         y = op(x, *tables, torch.bfloat16)
         assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.bfloat16, "cuda")
         sizes = {0: torch.export.Dim("batch", min=0, max=64), 2: torch.export.Dim("height", min=8, max=4096)}
         program = torch.export.export(Model(), (x, *tables), dynamic_shapes=(sizes, None, None))
         with pytest.raises(ValueError, match=r"coefficients\.to\(x\.device\)"):
-            op(x, torch.empty(5, 3), tables[1], torch.bfloat16)
+            op(x, torch.empty(6, 3), tables[1], torch.bfloat16)
     assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [op.default]
     limits = sorted((limit.lower, limit.upper) for limit in program.range_constraints.values())
     assert limits == [(0, 64), (8, 4096)]

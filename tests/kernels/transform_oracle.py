@@ -59,9 +59,10 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Case:
     hi = np.where(rng.random(channels) < 0.5, np.inf, rng.normal(size=channels) + 3.0)
     lo, hi = np.minimum(lo, hi), np.maximum(lo, hi)
     fill = rng.choice([0.0, -9.25, 1e30, np.nan, np.inf], size=channels)
+    absent = rng.choice([np.nan, 0.0, np.inf, 3.4028235e38, 1e-45], size=channels)
     return Case(
         torch.from_numpy(x).reshape(shape),
-        torch.from_numpy(np.stack([a, b, lo, hi, fill]).astype(np.float32)),
+        torch.from_numpy(np.stack([a, b, lo, hi, fill, absent]).astype(np.float32)),
         torch.from_numpy(missing.astype(np.int32)),
     )
 
@@ -81,9 +82,10 @@ def roundings(got: torch.Tensor, case: Case, *, exact_fma: bool) -> float:
     """
     x = case.x.numpy()
     per_channel = (x.shape[1],) + (1,) * (x.ndim - 2)
-    a, b, lo, hi, fill = (row.reshape(per_channel).astype(np.float64) for row in case.coefficients.numpy())
+    a, b, lo, hi, fill, absent = (row.reshape(per_channel).astype(np.float64) for row in case.coefficients.numpy())
     value, flag = (row.reshape(per_channel).astype(np.int64) for row in case.missing.numpy())
-    is_missing = (np.isnan(x) if x.dtype == np.float32 else x.astype(np.int64) == value) & (flag != 0)
+    is_missing = np.isnan(x) | (x == absent) if x.dtype == np.float32 else x.astype(np.int64) == value
+    is_missing &= flag != 0
     overflow = FORMATS[got.dtype][2]
     with np.errstate(all="ignore"):
         product = a * x.astype(np.float32).astype(np.float64)  # exact: 48 bits

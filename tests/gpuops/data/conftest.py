@@ -1,6 +1,7 @@
 """A small atlas in HDF5, and the store that ingest makes of it."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from data_room import Atlas, make_recipe, write_atlas
+from object_store import ObjectStorage, running_s3
 
 from gpuops.data.ingest import ingest
 from gpuops.data.source import Source
@@ -24,3 +26,10 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
 def store(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Source:
     """The atlas ingested once; read-only: a test that damages it copies it first."""
     return ingest(make_recipe(atlas, tmp_path_factory.mktemp("store") / "atlas"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStorage]:
+    """An S3-compatible endpoint on loopback; `s3.bucket()` makes a bucket."""
+    with running_s3() as storage:
+        yield storage

@@ -12,14 +12,17 @@ import pytest
 import torch
 import zarr
 from data_room import FORECAST, HEIGHT, SCALE, SEA, Atlas, make_recipe
+from jsonargparse import ArgumentParser
 
 from gpuops.data.datamodule import Holdout, ZarrDataModule
 from gpuops.data.ingest import ingest
 from gpuops.data.loader import ZarrLoader
-from gpuops.data.order import Order
+from gpuops.data.order import Lanes, Order
 from gpuops.data.reader import Reader
 from gpuops.data.sample import Field, Window
+from gpuops.data.sampling import Foreground
 from gpuops.data.source import Source
+from gpuops.data.split import Period
 from gpuops.errors import InputError, IntegrityError
 from gpuops.preprocess.module import PreprocessModule
 from gpuops.preprocess.steps import Fill, Normalize
@@ -247,6 +250,82 @@ def test_stored_dtypes_without_a_kernel_are_refused_before_the_first_batch(float
         assert next(iter(module.train_dataloader()))["inputs"]["x"].dtype == torch.float64
 
 
+# periods, gaps, the test split
+
+
+def dated(path: Path, chunk: int = 1, days: int = 120) -> str:
+    """A foreign store of [time, y, x] with daily times; `chunk` records a chunk."""
+    root = zarr.open_group(path, mode="w")
+    values = np.random.default_rng(0).normal(20, 4, (days, 2, 3)).astype(np.float32)
+    root.create_array("t2m", data=values, chunks=(chunk, 2, 3), dimension_names=["time", "y", "x"])
+    time = root.create_array("time", data=np.arange(days), chunks=(days,), dimension_names=["time"])
+    time.attrs.update({"units": "days since 2020-01-01", "calendar": "proleptic_gregorian"})
+    return str(path)
+
+
+PAIRS: dict[str, Any] = {
+    "inputs": {"x": [Field("t2m", at=(0, 1))]},
+    "targets": {"y": [Field("t2m", at=(2,), name="next")]},
+    "window": Window("time", 3),
+    "global_batch": 4,
+    "holdout": None,
+}
+
+
+def test_periods_with_an_embargo(tmp_path: Path) -> None:
+    split: dict[str, Any] = {
+        "holdout": Period("2020-03-01", "2020-03-21"),
+        "test": Period("2020-04-01"),
+        "gap": "5D",
+    }
+    with data_module(dated(tmp_path / "store"), **{**PAIRS, **split}) as module:
+        # 1 March is day 60, 21 March day 80, 1 April day 91.
+        assert module.val_ids.tolist() == list(range(60, 78))
+        assert module.test_ids.tolist() == list(range(91, 118))
+        assert module.train_ids.tolist() == [*range(54), 84]
+        assert module.train_records.tolist() == [*range(56), 84, 85, 86]
+        train, val, test = (
+            {s + step for s in ids(loader) for step in range(3)}
+            for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader())
+        )
+        assert max(train & set(range(60))) <= 55
+        assert val == set(range(60, 80))
+        assert test == set(range(91, 120))
+        assert not train & (val | test)
+        assert ids(module.predict_dataloader()) == list(range(118))
+        normalize = next(s for s in module.preprocess["inputs"].tensors["x"][0].steps if isinstance(s, Normalize))
+        values = module.source.variable("t2m").array[:][module.train_records]
+        assert normalize.mean[0] == pytest.approx(float(values.mean()))
+    with data_module(dated(tmp_path / "store"), **PAIRS) as module:
+        assert module.test_dataloader() == []
+
+
+def test_a_split_declared_in_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ZarrDataModule, "data")
+    config = parser.parse_string(
+        """
+data:
+  url: nowhere
+  inputs: {x: [{variable: t2m}]}
+  targets: {}
+  holdout: {start: 2019-01-01, stop: 2020}
+  test: {by: region, share: 0.1}
+  gap: 10D
+  sampling: {foreground: rain, share: 0.3, above: 0.1}
+"""
+    )
+    module = parser.instantiate(config).data
+    assert isinstance(module, ZarrDataModule)
+    assert module.holdout == Period("2019-01-01", 2020)
+    assert module.test == Holdout("region", 0.1)
+    assert (module.gap, module.sampling) == ("10D", Foreground("rain", 0.3, 0.1))
+    config.data.sampling, config.data.lanes = None, {"count": 8, "window": 2, "block": 24}
+    text = parser.dump(config)
+    module = parser.instantiate(parser.parse_string(text)).data
+    assert module._declared_lanes == Lanes(8, 2, 24)
+
+
 # epochs
 
 
@@ -269,7 +348,7 @@ def test_the_order_follows_data_samples_split_and_seed(store: Source) -> None:
 
     fingerprint, order = first()
     assert first() == (fingerprint, order)
-    assert first(threads=1, ahead=5, dtype="bfloat16") == (fingerprint, order), "how it is read must not change it"
+    assert first(threads=1, budget_mb=64, dtype="bfloat16") == (fingerprint, order), "how it is read must not change it"
     assert first(seed=1)[1] != order
     assert first(global_batch=8)[1] != order[:8]
     assert first(holdout=None)[0] != fingerprint
@@ -365,17 +444,17 @@ def test_counters_add_up_over_loaders(store: Source) -> None:
 # resume
 
 
-@pytest.mark.parametrize("ahead", [0, 2, 5])
+@pytest.mark.parametrize("budget", [1, 64])
 @pytest.mark.parametrize("delivered", [1, 5, 11])
-def test_a_resumed_epoch_gives_exactly_the_rest(store: Source, delivered: int, ahead: int) -> None:
-    with data_module(store, ahead=ahead) as module:
+def test_a_resumed_epoch_gives_exactly_the_rest(store: Source, delivered: int, budget: int) -> None:
+    with data_module(store, budget_mb=budget) as module:
         loader = module.train_dataloader()
         iterator = iter(loader)
         seen = ids(take(iterator, delivered))
         state = json.loads(json.dumps(loader.state_dict()))
         assert state["delivered"] == delivered, "what is read ahead was not trained on"
         rest = ids(iterator)
-    with data_module(store, ahead=2) as module:
+    with data_module(store) as module:
         loader = module.train_dataloader()
         loader.load_state_dict(state)
         assert len(loader) == 12, "the length is a full epoch's"
@@ -434,3 +513,124 @@ def test_a_module_that_never_trained_has_no_position(store: Source) -> None:
         assert module.state_dict() == {}
         module.load_state_dict({})
         assert len(ids(module.train_dataloader())) == 192
+
+
+# lanes
+
+
+def test_lanes_follow_the_stored_chunks(tmp_path: Path, store: Source) -> None:
+    fat = dated(tmp_path / "fat", chunk=5)
+    with data_module(fat, **PAIRS) as module:
+        assert module.lanes == Lanes(4, 4, 5)
+        epoch = ids(module.train_dataloader())
+        assert len(epoch) == len(set(epoch)) == 118 // 4 * 4
+    with data_module(fat, **{**PAIRS, "global_batch": 36}, lanes=Lanes(2, 1, 10)) as module:
+        assert module.lanes == Lanes(2, 1, 10)
+    with data_module(fat, **PAIRS, lanes=None) as module:
+        assert module.lanes is None
+    with data_module(dated(tmp_path / "thin"), **PAIRS) as module:
+        assert module.lanes is None, "one record a chunk is already the best case"
+    with data_module(store) as module:
+        assert module.lanes is None
+
+
+def test_lanes_decode_each_chunk_once_though_a_split_begins_inside_one(tmp_path: Path) -> None:
+    fat = dated(tmp_path / "fat", chunk=6)
+    fields: dict[str, Any] = {"inputs": {"x": [Field("t2m")]}, "targets": {}, "window": None}
+    split: dict[str, Any] = {"holdout": Period("2020-01-01", "2020-01-10"), "lanes": Lanes(3, 2, 6), "global_batch": 6}
+    with data_module(fat, **fields, **split) as module:
+        loader = module.train_dataloader()
+        order = loader._order(0)
+        places = module._train_order[order.permute(np.arange(order.size))]
+        assert sorted(places) == list(range(9, 120))
+        # 18 whole chunks are 3 rounds of 36 places: a lane's 12 places of a round lie in 2 chunks.
+        starts = [at for at in (0, 3, 36, 39, 72, 75) if len(np.unique(places[at : at + 36] // 6)) == 6]
+        assert len(starts) == 3
+        for at in starts:
+            for lane in range(3):
+                chunks, counts = np.unique(places[at + lane : at + 36 : 3] // 6, return_counts=True)
+                assert counts.tolist() == [6, 6]
+                assert not {0, 1} & set(chunks.tolist())
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("split", {"gap": 1}),
+        ("split", {"test": Period("2020-04-20")}),
+        ("split", {"train": Period(None, "2020-04-20")}),
+        ("lanes", {"lanes": None}),
+        ("sample", {"targets": {}}),
+    ],
+)
+def test_a_refusal_names_both_fingerprints_and_what_differs(tmp_path: Path, part: str, changes: dict[str, Any]) -> None:
+    fat = dated(tmp_path / "fat", chunk=5)
+    options = {**PAIRS, "holdout": Period("2020-03-01", "2020-03-21")}
+    with data_module(fat, **options) as module:
+        module.train_dataloader()
+        state, fingerprint = json.loads(json.dumps(module.state_dict())), module.fingerprint
+    with data_module(fat, **{**options, **changes}) as other:
+        other.load_state_dict(state)
+        words = f"fingerprint {fingerprint}, here it is {other.fingerprint}: .*; {part}: "
+        assert other.fingerprint != fingerprint
+        with pytest.raises(IntegrityError, match=words):
+            other.train_dataloader()
+
+
+def test_every_part_of_a_split_is_in_the_fingerprint(tmp_path: Path) -> None:
+    url = dated(tmp_path / "store")
+    splits: list[dict[str, Any]] = [
+        {},
+        {"holdout": Period("2020-03-01")},
+        {"holdout": Period("2020-03-02")},
+        {"test": Period("2020-03-01")},
+        {"test": Period("2020-03-02")},
+        {"train": Period(None, "2020-03-01")},
+        {"test": Period("2020-03-01"), "gap": 1},
+        {"test": Period("2020-03-01"), "gap": 2},
+        {"test": Period("2020-03-01"), "gap": "2D"},
+    ]
+    found = set()
+    for split in splits:
+        with data_module(url, **{**PAIRS, **split}) as module:
+            found.add(module.fingerprint)
+    assert len(found) == len(splits)
+
+
+# what a user is told
+
+
+def test_targets_that_keep_missing_data_are_named_once(
+    store: Source, floats: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with data_module(store):
+        assert "missing data" not in caplog.text
+    fields: dict[str, Any] = {"inputs": {"x": [Field("rain")]}, "window": None, "holdout": None}
+    with data_module(floats, **fields, targets={"y": [Field("rain", fill=0.0)], "z": [Field("power")]}):
+        assert "missing data" not in caplog.text
+    with data_module(floats, **fields, targets={"y": [Field("rain")]}) as module:
+        module.setup()
+    assert caplog.text.count("target rain holds missing data, which stays NaN") == 1
+    caplog.clear()
+    with data_module(store, targets={"y": [Field("altitude")]}, inputs={"x": [Field("turbidity")]}, window=None):
+        assert "missing data" not in caplog.text, "ingest declares a fill for it"
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="give at least 1"):
+        ZarrDataModule("nowhere", {"x": [Field("a")]}, {}, budget_mb=0)
+
+
+def test_missing_chunks_are_an_error_or_the_declared_fill(tmp_path: Path) -> None:
+    url = dated(tmp_path / "store")
+    (tmp_path / "store" / "t2m" / "c" / "7" / "0" / "0").unlink()
+    fields: dict[str, Any] = {"inputs": {"x": [Field("t2m", raw=True)]}, "targets": {}, "window": None}
+    options: dict[str, Any] = {**fields, "holdout": None, "global_batch": 4}
+    with data_module(url, **options) as module, pytest.raises(IntegrityError, match="t2m"):
+        ids(module.train_dataloader())
+    with data_module(url, **options, missing_chunks="fill") as module:
+        found = {
+            s: x for b in module.train_dataloader() for s, x in zip(b["id"].tolist(), b["inputs"]["x"], strict=True)
+        }
+        assert (found[7] == 0).all()
+        assert (found[8] != 0).all()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from data_room import FORECAST
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gpuops.data.datamodule import Holdout, ZarrDataModule
@@ -143,6 +143,110 @@ def test_a_checkpoint_in_the_middle_of_an_epoch(store: Source, tmp_path: Path, s
     assert first.losses + second.losses == whole.losses, "and so the same losses, bit for bit"
 
 
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (2, {"accumulate_grad_batches": 3}),
+        pytest.param(4, {"accumulate_grad_batches": 3}, marks=pytest.mark.slow),  # the end of an epoch
+        (5, {"accumulate_grad_batches": 5}),  # 12 batches are 3 steps, the last of 2 batches
+        pytest.param(5, {"limit_train_batches": 7}, marks=pytest.mark.slow),
+        (7, {"limit_train_batches": 7}),
+        (9, {"limit_train_batches": 7}),
+        (7, {"val_check_interval": 5, "limit_val_batches": 2, "num_sanity_val_steps": 2}),
+        (15, {"reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 1, "num_sanity_val_steps": 1}),
+    ],
+)
+def test_a_resumed_run_trains_as_one_that_was_not_interrupted(
+    store: Source, tmp_path: Path, steps: int, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    whole = Tiny()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    trainer(tmp_path, max_epochs=2, **options).fit(whole, datamodule=data(store))
+    first = Tiny()
+    first.load_state_dict(start)
+    saving = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1, save_last=True)
+    stopped = {**options, "max_steps": steps, "enable_checkpointing": True, "callbacks": [saving]}
+    trainer(tmp_path, max_epochs=2, **stopped).fit(first, datamodule=data(store))
+    second = Tiny()
+    trainer(tmp_path, max_epochs=2, **options).fit(
+        second, datamodule=data(store), ckpt_path=tmp_path / "ckpt" / "last.ckpt", weights_only=False
+    )
+    both = first.trained + second.trained
+    assert both == whole.trained
+    assert first.losses + second.losses == whole.losses
+    limit = options.get("limit_train_batches", 12)
+    assert {epoch: len(set(samples)) for epoch, samples in by_epoch(both).items()} == dict.fromkeys(
+        range(2), 16 * limit
+    )
+
+
+class Failing(Tiny):
+    """Fails in the middle of a step."""
+
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+        if len(self.trained) == 6:
+            raise RuntimeError("the machine went away")
+        return super().training_step(batch, index)
+
+
+class SavingOnFailure(Callback):
+    """Saves when a step fails, as Lightning's OnExceptionCheckpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_step_that_did_not_end_is_taken_again(store: Source, tmp_path: Path) -> None:
+    first = Failing()
+    saving = SavingOnFailure(tmp_path / "failed.ckpt")
+    with pytest.raises(RuntimeError, match="went away"):
+        trainer(tmp_path, max_epochs=1, callbacks=[saving]).fit(first, datamodule=data(store))
+    second, module = Tiny(), data(store)
+    trainer(tmp_path, max_epochs=1).fit(
+        second, datamodule=module, ckpt_path=tmp_path / "failed.ckpt", weights_only=False
+    )
+    assert len(first.trained) == 6
+    samples = by_epoch(first.trained + second.trained)[0]
+    assert sorted(samples) == module.train_ids.tolist(), "the batch of the failed step was lost or taken twice"
+
+
+class SavingAt(Callback):
+    """Saves after a batch, whether or not the optimiser has stepped."""
+
+    def __init__(self, batch: int, path: Path) -> None:
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("batch", "after"), [(4, 1), (9, 2), (11, 0)])
+def test_a_checkpoint_between_two_optimiser_steps_is_refused(
+    store: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, batch: int, after: int
+) -> None:
+    options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 4}
+    saving = SavingAt(batch, tmp_path / "saved.ckpt")
+    first = Tiny()
+    trainer(tmp_path, **{**options, "max_epochs": 1}, callbacks=[saving]).fit(first, datamodule=data(store))
+    second, module = Tiny(), data(store)
+    arguments: dict[str, Any] = {"datamodule": module, "ckpt_path": tmp_path / "saved.ckpt", "weights_only": False}
+    if after:
+        assert f"lies {after} batches after an optimiser step" in caplog.text
+        with pytest.raises(IntegrityError, match=f"written {after} batches after an optimiser step"):
+            trainer(tmp_path, **options).fit(second, **arguments)
+        module.teardown()
+    else:
+        assert "after an optimiser step" not in caplog.text
+        trainer(tmp_path, **options).fit(second, **arguments)
+        samples = by_epoch(first.trained[: batch + 1] + second.trained)
+        assert sorted(samples[0]) == sorted(samples[1]) == module.train_ids.tolist()
+
+
 def test_a_checkpoint_of_other_data_is_refused(store: Source, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=1, save_last=True)
     module = data(store)
@@ -174,3 +278,22 @@ def test_validate_alone(store: Source, tmp_path: Path) -> None:
     model, module = Tiny(), data(store)
     trainer(tmp_path, limit_val_batches=1.0).validate(model, datamodule=module, verbose=False)
     assert [s for _, _, samples in model.validated for s in samples] == module.val_ids.tolist()
+
+
+def test_the_test_split_and_prediction(store: Source, tmp_path: Path) -> None:
+    class Whole(Tiny):
+        def test_step(self, batch: dict[str, Any], index: int) -> None:
+            self.validated.append(("test", 0, batch["id"][batch["valid"]].tolist()))
+
+        def predict_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+            return batch["id"][batch["valid"]]
+
+    model, module = Whole(), data(store, test=Holdout("region", values=(2,)), holdout=Holdout("region", values=(5,)))
+    runner = trainer(tmp_path)
+    runner.test(model, datamodule=module, verbose=False)
+    tested = [s for _, _, samples in model.validated for s in samples]
+    assert tested == module.test_ids.tolist()
+    assert len(tested) == 48
+    predicted = runner.predict(model, datamodule=module)
+    assert predicted is not None
+    assert torch.cat(predicted).tolist() == list(range(288))  # type: ignore[arg-type]

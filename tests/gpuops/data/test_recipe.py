@@ -12,7 +12,8 @@ import zarr
 from data_room import Atlas, make_recipe, write_series
 
 from gpuops.data.ingest import ingest
-from gpuops.data.recipe import Axis, axis_values, load_recipe, open_array
+from gpuops.data.inputs import open_input
+from gpuops.data.recipe import Axis, axis_values, load_recipe
 from gpuops.errors import InputError
 
 
@@ -77,7 +78,7 @@ def test_a_recipe_in_yaml(atlas: Atlas, tmp_path: Path) -> None:
         (edit("variables", 3), "variables"),
         (edit("variables", {}), "no variables"),
         (edit("url", None), "url"),
-        (edit("codec", "lzma"), "codec 'lzma' is not one of zstd, none"),
+        (edit("codec", "lzma"), "codec .lzma. is not one of zstd, blosc-lz4"),
         (edit("variables.altitude.scale", 0.0), "scale 0.0"),
         (edit("tiling.size", 0), "sizes of at least 1"),
         (edit("tiling.region", 0), "sizes of at least 1"),
@@ -130,24 +131,24 @@ def test_a_truncated_file_is_told_from_another_dataset(atlas: Atlas, tmp_path: P
     cut = tmp_path / "cut.h5"
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cut.h5 is truncated or not HDF5"):
-        open_array(f"{cut}#group/turbidity")
+        open_input(f"{cut}#group/turbidity")
     cut.write_text("not HDF5")
     with pytest.raises(InputError, match=r"cut.h5 is truncated or not HDF5"):
-        open_array(f"{cut}#group/turbidity")
+        open_input(f"{cut}#group/turbidity")
     file = atlas.folder / "turbidity.h5"
     for dataset in ("turbidity", "group", ""):
         with pytest.raises(InputError, match=f"no dataset '{dataset}'; it has group/turbidity: mend"):
-            open_array(f"{file}#{dataset}")
-    assert open_array(f"{file}#/group/turbidity").shape == (40, 60, 12)
+            open_input(f"{file}#{dataset}")
+    assert open_input(f"{file}#/group/turbidity").shape == (40, 60, 12)
 
 
 def test_a_zarr_array_is_a_source_too(tmp_path: Path) -> None:
     root = zarr.open_group(tmp_path / "z", mode="w")
     root.create_array("a", data=np.arange(6, dtype=np.int16))
-    assert open_array(f"{tmp_path / 'z'}#a")[2] == 2
+    assert open_input(f"{tmp_path / 'z'}#a")[2] == 2
     for missing in ("#b", ""):
         with pytest.raises(InputError, match="is not a Zarr array"):
-            open_array(f"{tmp_path / 'z'}{missing}")
+            open_input(f"{tmp_path / 'z'}{missing}")
 
 
 def test_the_same_number_of_tiles_of_other_places_is_refused(tmp_path: Path) -> None:

@@ -125,12 +125,19 @@ def test_no_window_leaves_its_split(archive: Source, split: set[int], length: in
     [
         FORECAST,
         SampleSpec({"x": [Field("a", fill=1.5, clip=(0.0, 2.0), normalize=False, name="b")]}, {}),
+        SampleSpec({"x": [Field("a", channels=("2t", 3))]}, {"y": [Field("a")]}),
     ],
 )
 def test_json_round_trip(spec: SampleSpec) -> None:
     again = SampleSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again == spec
     assert again.to_json() == spec.to_json()
+
+
+def test_fields_without_channels_keep_their_json() -> None:
+    """So that a sample has the digest that older checkpoints recorded."""
+    (field,) = SampleSpec({"x": [Field("a")]}, {}).to_json()["inputs"]["x"]
+    assert sorted(field) == ["at", "clip", "fill", "name", "normalize", "raw", "variable"]
 
 
 # refusals

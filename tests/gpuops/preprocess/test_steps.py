@@ -49,9 +49,9 @@ def oracle(part: Part, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def run(folded: Coefficients, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """What the op does with a table, in float64, on [n, channels]."""
-    a, b, low, high, fill = folded.table.astype(np.float64)
+    a, b, low, high, fill, absent = folded.table.astype(np.float64)
     value, flag = folded.missing
-    missing = np.isnan(stored) if stored.dtype.kind == "f" else stored == value
+    missing = np.isnan(stored) | (stored == absent) if stored.dtype.kind == "f" else stored == value
     return np.where(missing & (flag != 0), fill, np.clip(stored * a + b, low, high))
 
 
@@ -65,8 +65,6 @@ def part(*steps: Step, dtype: str = "uint8", channels: int = CHANNELS, name: str
 @settings(max_examples=300, deadline=None)
 @given(unpack, later, st.sampled_from(["uint8", "int16", "float32"]))
 def test_folded_steps_are_the_steps(first: Unpack, rest: list[Step], dtype: str) -> None:
-    if dtype == "float32":
-        first = Unpack(first.scale, first.offset)
     declared = part(first, *rest, dtype=dtype)
     stored = np.tile(np.arange(40)[:, None], (1, CHANNELS)).astype(dtype)
     if dtype == "float32":
@@ -76,7 +74,7 @@ def test_folded_steps_are_the_steps(first: Unpack, rest: list[Step], dtype: str)
     # The table is rounded to float32 once: terms that cancel keep the error of the larger.
     scales = [step.std for step in rest if isinstance(step, Normalize)]
     a, b = (np.abs(row).max() for row in declared.fold().table[:2])
-    bounds = np.abs(declared.fold().table[2:])
+    bounds = np.abs(declared.fold().table[2:5])
     size = a * 40 + b + bounds[np.isfinite(bounds)].max(initial=0) + 1
     np.testing.assert_allclose(got, want, rtol=0, atol=size * 2.0**-20, equal_nan=True, err_msg=str(scales))
 
@@ -109,6 +107,12 @@ def test_missing_data_without_a_fill_is_nan() -> None:
         assert np.isnan(run(part(*steps, dtype=dtype).fold(), np.full((1, 3), value, dtype))).all()
 
 
+def test_a_float32_fill_value_is_missing_as_nan_is() -> None:
+    folded = part(Unpack(missing=9.96921e36), Fill(4.0), dtype="float32").fold()
+    row = np.array([[9.96921e36] * 3, [np.nan] * 3, [9.96922e36] * 3], np.float32)
+    assert run(folded, row)[:, 0].tolist() == [4.0, 4.0, np.float32(9.96922e36)]
+
+
 def test_float32_nan_is_always_missing() -> None:
     folded = part(Fill(4.0), dtype="float32").fold()
     assert folded.missing[1].all()
@@ -118,7 +122,7 @@ def test_float32_nan_is_always_missing() -> None:
 def test_each_channel_has_its_own_statistics() -> None:
     folded = part(Normalize((0.0, 10.0, 20.0), (1.0, 2.0, 4.0))).fold()
     assert run(folded, np.full((1, 3), 20, np.uint8)).tolist() == [[20.0, 5.0, 0.0]]
-    assert folded.table.shape == (5, 3)
+    assert folded.table.shape == (6, 3)
     assert folded.table.dtype == np.float32
     assert folded.missing.shape == (2, 3)
     assert folded.missing.dtype == np.int32

@@ -1,15 +1,14 @@
-"""What this machine, or a store, can do, and every silent slow or blind path it would take."""
+"""What this machine can do: Python, packages, accelerator, energy counter, inference server."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import sys
-from dataclasses import dataclass
 
+from gpuops.doctor.finding import Finding
 from gpuops.energy.sensor import open_sensor
 from gpuops.errors import GpuopsError
-from gpuops.spec import DTYPES
 
 _EXTRAS = {
     "data": ("zarr", "numcodecs", "icechunk", "xarray", "dask", "h5py"),
@@ -20,63 +19,9 @@ _EXTRAS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    level: str
-    """"ok", "note" (works, but know it) or "bad" (a command will fail)."""
-    what: str
-    """What was looked at."""
-    detail: str
-    """What was found, and the remedy if there is one."""
-
-
 def machine() -> list[Finding]:
     """Python, packages, accelerator, energy counter and inference server of this machine."""
     return [_python(), _cores(), *_packages(), *_accelerator(), _energy(), _tritonserver()]
-
-
-def store(url: str) -> list[Finding]:
-    """Identity, checksums and layout of a store.
-
-    Raises:
-        InputError: there is no store.
-    """
-    from gpuops.data.shard import layout
-    from gpuops.data.source import open
-
-    source = open(url)
-    findings = [Finding("ok", "store", f"{source.kind}, {len(source.variables)} variables")]
-    if source.weak:
-        findings.append(Finding("note", "identity", "weak: no digests in the store, so changed bytes are not noticed"))
-    else:
-        findings.append(Finding("ok", "identity", f"fingerprint {source.fingerprint[:16]} over contents"))
-    for name, variable in sorted(source.variables.items()):
-        if variable.array.ndim < 2:
-            continue
-        try:
-            place = layout(variable.array)
-        except GpuopsError as error:
-            findings.append(Finding("bad", name, str(error)))
-            continue
-        if (dtype := str(variable.array.dtype)) not in DTYPES:
-            detail = f"stored as {dtype}, which no kernel reads: `gpuops train` takes {', '.join(DTYPES)}"
-            findings.append(Finding("note", name, detail))
-        if not place.checksummed:
-            detail = "no checksum on inner chunks: corruption cannot be seen; `gpuops ingest` writes them"
-            findings.append(Finding("note", name, detail))
-        if place.chunk[0] > 1:
-            detail = f"{place.chunk[0]} records a chunk: a random record decodes all of them"
-            findings.append(Finding("note", name, detail))
-        if place.chunk[1:] != variable.array.shape[1:]:
-            detail = (
-                f"a record of {variable.array.shape[1:]} straddles chunks of {place.chunk[1:]}: several reads a record"
-            )
-            findings.append(Finding("note", name, detail))
-        if place.checksummed and place.chunk == (1, *variable.array.shape[1:]):
-            findings.append(Finding("ok", name, f"one record an inner chunk, checksummed ({', '.join(place.codecs)})"))
-    return findings
 
 
 def _python() -> Finding:
