@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from loader_cases import VARIABLE, Fields
@@ -63,7 +64,7 @@ def steps(ids: Ids, window: int) -> Ids:
 
 
 def read_gpuops(reader: Reader, window: int, epoch: Epoch) -> Iterator[Fields]:
-    for slot in reader.iterate(epoch.order.batch(k, 0, 1) for k in range(len(epoch.batches))):
+    for slot in reader.iterate(islice(epoch.order.shares(0, 0, 1), len(epoch.batches))):
         values = slot.inputs[VARIABLE]
         yield values[:, 0] if window == 1 else values
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
+import crc32c
 import numcodecs
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ Step = Callable[..., Any]
 
 CHECKSUMMED = ("crc32c", "zstd+checksum", "gzip", "zlib", "bz2", "fletcher32", "adler32", "crc32")
 """Codecs that notice a flipped bit."""
+RELEASED_BYTES = 128 * 2**10
+"""Chunks above this are checked without the interpreter lock; for smaller ones taking it again costs more."""
 TAIL_BYTES = 4
 """Size of the checksum behind a chunk of the crc32c codec."""
 
@@ -36,18 +38,17 @@ class Chain:
 
     codecs: tuple[str, ...]
     """Names in the order they were applied at writing."""
-    steps: tuple[Step, ...]
-    """Decoding steps in the order they are applied."""
+    earlier: tuple[Step, ...]
+    """Decoding steps in the order they are applied, but for the last."""
+    last: Step
+    """The last one, which decodes into place."""
+    tail_bytes: int | None
+    """Bytes behind a chunk that is stored as it is, so that it can be read into place; None if it is compressed."""
 
     @property
     def checksummed(self) -> bool:
         """Whether a flipped bit in a chunk is noticed."""
         return any(name in CHECKSUMMED for name in self.codecs)
-
-    @property
-    def tail_bytes(self) -> int | None:
-        """Bytes behind a chunk that is stored as it is, so that it can be read into place; None if it is compressed."""
-        return {(): 0, ("crc32c",): TAIL_BYTES}.get(self.codecs)
 
     def decode(self, encoded: Any, out: Bytes) -> None:
         """Decode one chunk into `out`, contiguous.
@@ -55,12 +56,11 @@ class Chain:
         Raises:
             ValueError: the bytes are damaged, or do not make exactly what fits `out`.
         """
-        steps = self.steps or (_copy,)
         data = encoded
         try:
-            for step in steps[:-1]:
+            for step in self.earlier:
                 data = step(data)
-            steps[-1](data, out)
+            self.last(data, out)
         except Exception as error:  # each codec raises its library's own: zlib.error, EOFError, ZstdError, ...
             raise ValueError(str(error) or type(error).__name__) from error
 
@@ -77,7 +77,7 @@ def chain_v2(compressor: Any) -> Chain:
 
 def check_tail(body: Any, tail: Any) -> None:
     """Compare a chunk with the little-endian crc32c behind it; ValueError if they differ."""
-    if google_crc32c.value(body) != int.from_bytes(tail, "little"):
+    if crc32c.crc32c(body, gil_release_mode=int(len(body) > RELEASED_BYTES)) != int.from_bytes(tail, "little"):
         raise ValueError("checksum differs")
 
 
@@ -90,7 +90,9 @@ def strip_crc32c(data: Any, out: Bytes | None = None) -> Bytes:
 
 
 def _chain(named: Sequence[tuple[str, Step]]) -> Chain:
-    return Chain(tuple(name for name, _ in named), tuple(step for _, step in reversed(named)))
+    names = tuple(name for name, _ in named)
+    *earlier, last = [step for _, step in reversed(named)] or [_copy]
+    return Chain(names, tuple(earlier), last, {(): 0, ("crc32c",): TAIL_BYTES}.get(names))
 
 
 def _codec_v3(path: str, codec: dict[str, Any]) -> tuple[str, Step]:

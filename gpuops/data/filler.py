@@ -9,15 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gpuops.data.codec import check_tail
 from gpuops.data.counters import Counters
 from gpuops.data.node_cache import CACHED, NodeCache
 from gpuops.data.plan import Plan, Planner, Reads
-from gpuops.data.transport import Files, Transport
+from gpuops.data.transport import File, Files, Span, Transport
 from gpuops.errors import IntegrityError
 
 
@@ -25,7 +27,7 @@ class Filler:
     """Threads that fill slots."""
 
     def __init__(self, planner: Planner, transport: Transport, threads: int, ahead: int, *, fill_missing: bool) -> None:
-        """Start no thread yet.
+        """Start the threads.
 
         Args:
             planner: knows how samples are cut out of chunks.
@@ -35,9 +37,11 @@ class Filler:
             fill_missing: deliver a chunk that the store leaves out as the array's fill value; else it is an error.
         """
         self._planner, self._transport, self._threads, self._fill = planner, transport, threads, fill_missing
-        self._files = transport if isinstance(transport, Files | NodeCache) else None
-        self._decoders = ThreadPoolExecutor(threads, "gpuops-decode")
-        self._fetchers = ThreadPoolExecutor(ahead, "gpuops-read")
+        self._range: Callable[[Span], tuple[File, int, int] | None] = (
+            transport.range if isinstance(transport, Files | NodeCache) else _never
+        )
+        self._decoders = _Workers(threads, "gpuops-decode")
+        self._fetchers = _Workers(0 if isinstance(transport, Files) else ahead, "gpuops-read")
         self._scratch = _Scratch()
 
     def start(self, plan: Plan, finish: Callable[[Counters, BaseException | None], None]) -> Future[Plan]:
@@ -46,13 +50,13 @@ class Filler:
         if self._at_hand(plan):
             self._decode_all(job, None)
         else:
-            self._submit(self._fetchers, job, partial(self._fetch, job))
+            self._fetchers.put(job, partial(self._fetch, job))
         return job.done
 
     def close(self) -> None:
         """Stop the threads; batches that are not filled fail."""
-        for pool in (self._fetchers, self._decoders):
-            pool.shutdown(cancel_futures=True)
+        self._fetchers.close()
+        self._decoders.close()
 
     def _at_hand(self, plan: Plan) -> bool:
         """Whether every chunk can be read from a file of this node."""
@@ -82,7 +86,7 @@ class Filler:
         others = [chunk for chunk in job.plan.chunks.values() if id(chunk) not in mine]
         job.expect(len(shares) + len(others), lambda: self._cut_all(job))
         for share in shares:
-            self._submit(self._decoders, job, share)
+            self._decoders.put(job, share)
         for chunk in others:
             chunk.ready.add_done_callback(lambda ready: job.arrive(ready.exception()))
 
@@ -93,105 +97,80 @@ class Filler:
         ]
         job.expect(len(shares), job.resolve)
         for share in shares:
-            self._submit(self._decoders, job, share)
+            self._decoders.put(job, share)
 
     def _cut(self, job: _Job, rows: range) -> None:
         begin = time.perf_counter()
         self._planner.cut_out(job.plan, rows)
-        job.add(Counters(gather_s=time.perf_counter() - begin))
+        with job.lock:
+            job.costs.gather_s += time.perf_counter() - begin
         job.arrive(None)
-
-    def _submit(self, pool: ThreadPoolExecutor, job: _Job, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                if job.error is None:
-                    work()
-                else:
-                    job.arrive(None)
-            except BaseException as error:
-                job.arrive(error)
-
-        def cancelled(future: Future[None]) -> None:
-            if future.cancelled():
-                job.arrive(CancelledError())
-
-        try:
-            pool.submit(run).add_done_callback(cancelled)
-        except RuntimeError as error:  # the pool was shut down
-            job.arrive(error)
 
     def _decode(self, job: _Job, reads: Reads, fetched: list[Any] | None, first: int) -> None:
         """Decode a thread's share of chunks, reading them where they were not fetched before."""
-        read_s = decode_s = 0.0
-        nbytes = decodes = filled = 0
+        clock, outs, shared = time.perf_counter, reads.outs, reads.shared
+        read = self._reader_of(reads)
         decode = reads.layout.chain.decode
-        for i in range(first, len(reads.outs), self._threads):
-            begin, out = time.perf_counter(), reads.outs[i]
+        read_s = decode_s = 0.0
+        nbytes = filled = 0
+        share = range(first, len(outs), self._threads)
+        decoded = clock()
+        for i in share:
+            begun = decoded
             try:
-                here = fetched is None or fetched[i] is CACHED
-                encoded, size = self._encoded(reads, i) if here else _fetched(fetched, i)
-                middle = time.perf_counter()
+                encoded = read(i) if fetched is None or fetched[i] is CACHED else _take(fetched, i)
+                got = clock()
                 if encoded is None:
                     self._fill_missing(job.plan, reads, i)
                     filled += 1
+                elif encoded is outs[i]:
+                    nbytes += reads.stored_bytes
                 else:
-                    if encoded is not out:
-                        decode(encoded, out)
-                    decodes += 1
-                    nbytes += size
+                    decode(encoded, outs[i])
+                    nbytes += len(encoded)
             except ValueError as error:
                 raise IntegrityError(
                     f"{self._named(job.plan, reads, i)} is damaged ({error}): restore that object or ingest it again"
                 ) from error
-            if reads.shared is not None:
-                reads.shared[i].ready.set_result(None)
-            read_s += middle - begin
-            decode_s += time.perf_counter() - middle
-        job.add(
-            Counters(
-                requests=decodes,
-                bytes_read=nbytes,
-                bytes_useful=nbytes,
-                decodes=decodes,
-                filled_chunks=filled,
-                read_s=read_s,
-                decode_s=decode_s,
-            )
-        )
+            if shared is not None:
+                shared[i].ready.set_result(None)
+            decoded = clock()
+            read_s += got - begun
+            decode_s += decoded - got
+        job.add(len(share) - filled, filled, nbytes, read_s, decode_s)
         job.arrive(None)
 
-    def _encoded(self, reads: Reads, i: int) -> tuple[Any, int]:
-        """A chunk of a local file and its stored size; None if there is none.
+    def _reader_of(self, reads: Reads) -> Callable[[int], Any]:
+        """What reads the i-th chunk from a file of this node; it gives None if there is none.
 
-        A chunk that is stored as it is comes straight to its destination, any other to memory that the thread keeps.
-
-        Raises:
-            ValueError: the chunk is cut short, or its checksum differs.
+        A chunk that is stored as it is comes straight to its destination, is checked there, and the destination is
+        given; any other is given in memory that the thread keeps.
         """
-        assert self._files is not None
-        spans = reads.spans
-        if (
-            spans.stops[i] == 0
-            or (found := self._files.range((spans.keys[i], spans.starts[i], spans.stops[i]))) is None
-        ):
-            return None, 0
-        file, start, stop = found
-        size = stop - start
-        tail_bytes = reads.layout.chain.tail_bytes
-        into: Any = reads.outs[i]
-        if tail_bytes is None:
-            into = self._scratch.view(size)
-            got = file.read_into((into,), start, size)
-        else:
-            tail = bytearray(tail_bytes)
-            if size != into.nbytes + tail_bytes:
-                raise ValueError(f"{size} bytes where {into.nbytes + tail_bytes} belong")
-            got = file.read_into((into, tail), start, size)
-        if got != size:
-            raise ValueError(f"{got} bytes where {size} belong")
-        if tail_bytes:
-            check_tail(into, tail)
-        return into, size
+        keys, starts, stops = reads.spans.keys, reads.spans.starts, reads.spans.stops
+        outs, stored_bytes, tail_bytes = reads.outs, reads.stored_bytes, reads.layout.chain.tail_bytes
+        tail, scratch = bytearray(tail_bytes or 0), self._scratch
+        range_of = self._range
+
+        def compressed(i: int) -> Any:
+            if stops[i] == 0 or (found := range_of((keys[i], starts[i], stops[i]))) is None:
+                return None
+            file, start, stop = found
+            encoded = scratch.view(stop - start)
+            file.read_into((encoded,), start, stop - start)
+            return encoded
+
+        def raw(i: int) -> Any:
+            if stops[i] == 0 or (found := range_of((keys[i], starts[i], stops[i]))) is None:
+                return None
+            file, start, stop = found
+            if stop - start != stored_bytes:
+                raise ValueError(f"{stop - start} bytes where {stored_bytes} belong")
+            file.read_into((outs[i], tail) if tail else (outs[i],), start, stored_bytes)
+            if tail:
+                check_tail(outs[i], tail)
+            return outs[i]
+
+        return compressed if tail_bytes is None else raw
 
     def _fill_missing(self, plan: Plan, reads: Reads, i: int) -> None:
         """Deliver the declared fill value for a chunk that the store leaves out, or refuse to."""
@@ -222,28 +201,35 @@ class _Job:
         self._finish = finish
         self._left = 1
         self._then: Callable[[], None] | None = None
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def expect(self, count: int, then: Callable[[], None]) -> None:
         """Go on with `then` after `count` arrivals; at once if there are none to wait for."""
-        with self._lock:
+        with self.lock:
             self._left, self._then = count, then
         if not count:
             then()
 
     def arrive(self, error: BaseException | None) -> None:
         """A share is done."""
-        with self._lock:
+        with self.lock:
             self.error = self.error or error
             self._left -= 1
             last, then = not self._left, None if self.error is not None else self._then
         if last:
             (then or self.resolve)()
 
-    def add(self, costs: Counters) -> None:
-        """What a share cost."""
-        with self._lock:
-            self.costs.add(costs)
+    def add(self, decodes: int, filled: int, nbytes: int, read_s: float, decode_s: float) -> None:
+        """What a share of the decoding cost."""
+        with self.lock:
+            costs = self.costs
+            costs.requests += decodes
+            costs.decodes += decodes
+            costs.bytes_read += nbytes
+            costs.bytes_useful += nbytes
+            costs.filled_chunks += filled
+            costs.read_s += read_s
+            costs.decode_s += decode_s
 
     def resolve(self) -> None:
         """The batch is filled, or failed."""
@@ -253,6 +239,54 @@ class _Job:
             self.done.set_result(self.plan)
         else:
             self.done.set_exception(self.error)
+
+
+class _Workers:
+    """Threads that work off shares of jobs: less to do for each than an executor's future and work item."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._queue: SimpleQueue[tuple[_Job, Callable[[], None]] | None] = SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, name=f"{name}_{i}", daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, job: _Job, work: Callable[[], None]) -> None:
+        """Have a share worked off; the job fails if it raises or never begins."""
+        with self._lock:
+            if not self._closed:
+                self._queue.put((job, work))
+                return
+        job.arrive(CancelledError())
+
+    def close(self) -> None:
+        """Finish the shares that have begun, fail the others, and end the threads."""
+        dropped = []
+        with self._lock:
+            self._closed = True
+            while not self._queue.empty():
+                with suppress(Empty):  # a thread was faster
+                    dropped.append(self._queue.get_nowait())
+            for _ in self._threads:
+                self._queue.put(None)
+        for item in dropped:
+            if item is not None:
+                item[0].arrive(CancelledError())
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            job, work = item
+            try:
+                if job.error is None:
+                    work()
+                else:
+                    job.arrive(None)
+            except BaseException as error:
+                job.arrive(error)
+            del item, job, work  # a slot's memory is not kept while waiting for the next
 
 
 class _Scratch(threading.local):
@@ -268,8 +302,12 @@ class _Scratch(threading.local):
         return memoryview(self._memory)[:nbytes]
 
 
-def _fetched(answers: list[Any] | None, place: int) -> tuple[Any, int]:
-    """One answer of a transport and its size, given away so that its memory is free once it is decoded."""
+def _take(answers: list[Any] | None, place: int) -> memoryview | None:
+    """One answer of a transport, given away so that its memory is free once it is decoded."""
     assert answers is not None
     data, answers[place] = answers[place], None
-    return data, 0 if data is None else memoryview(data).nbytes
+    return None if data is None else memoryview(data).cast("B")
+
+
+def _never(span: Span) -> None:
+    raise AssertionError(f"{span} is asked for from a file, and this store has none")

@@ -76,7 +76,7 @@ class ZarrLoader:
         order = self._order(epoch)
         done = resume[1] if resume is not None and resume[0] == epoch and resume[1] < order.batches else 0
         self._position = (epoch, done)
-        shares = (order.batch(k, self._rank, self._ranks) for k in range(done, order.batches))
+        shares = order.shares(done, self._rank, self._ranks)
         for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
             done += 1
             self._position = (epoch, done)

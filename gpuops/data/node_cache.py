@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import crc32c
 
 from gpuops.data.transport import OPEN_FILES, File, Span, Transport
 from gpuops.errors import InputError
@@ -226,9 +226,9 @@ class _Object:
             written = 0
             while written < len(view):
                 written += file.write(view[written:])
-        line = struct.pack("<QQI", start, start + len(view), google_crc32c.value(bytes(view)))
+        line = struct.pack("<QQI", start, start + len(view), crc32c.crc32c(view))
         with open(self._journal, "ab", buffering=0) as journal:
-            journal.write(line + google_crc32c.value(line).to_bytes(4, "little"))
+            journal.write(line + crc32c.crc32c(line).to_bytes(4, "little"))
         self._refresh()
 
     @contextmanager
@@ -252,7 +252,7 @@ class _Object:
         place = 0
         while place + _RECORD.size <= len(added):
             start, stop, _, check = _RECORD.unpack_from(added, place)
-            if google_crc32c.value(added[place : place + _RECORD.size - 4]) == check:
+            if crc32c.crc32c(added[place : place + _RECORD.size - 4]) == check:
                 self._ranges[start] = stop
                 place += _RECORD.size
             else:

@@ -63,6 +63,11 @@ class Reads:
     """Whose memory `outs` are; None where they are parts of the slot."""
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of a chunk that is stored as it is, with its checksum."""
+        return self.layout.chunk_bytes + (self.layout.chain.tail_bytes or 0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes to be read; for chunks that are a key of their own, at most those of the decoded chunks, as a rule."""
         starts, stops = self.spans.starts, self.spans.stops
@@ -127,6 +132,23 @@ class Planner:
             if not cut.records
         }
         self._pool = Pool()
+        self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any], int, int]]] = {}
+        whole = {
+            (cut.variable.name, cut.along, cut.channels, np.result_type(*(c.variable.array.dtype for c in cuts)))
+            for cuts in self._tensors
+            for cut in cuts
+            if cut.records
+        }
+        self._in_place = {
+            name: place.record_is_chunk
+            and all(
+                along != "inside" and channels is None and dtype == place.array.dtype
+                for variable, along, channels, dtype in whole
+                if variable == name
+            )
+            for name, place in layouts.items()
+        }
+        """Variables whose fields take whole records, each of them a chunk."""
         self._grids = {name: _grid(place) for name, place in layouts.items()}
         self.tracks = sum(map(math.prod, self._grids.values())) <= TRACKED_CHUNKS
         """Whether distinct chunks are counted."""
@@ -146,11 +168,10 @@ class Planner:
         try:
             for name, fields in plan.fields.items():
                 records = np.concatenate([gather.records.ravel() for gather in fields])
-                distinct = np.unique(records)
-                if len(distinct) == len(records) and all(_in_place(self._layouts[name], gather) for gather in fields):
+                if self._in_place[name] and len(set(records.tolist())) == len(records):
                     self._plan_in_place(plan, name, records)
                 else:
-                    self._plan_shared(plan, name, distinct, memory)
+                    self._plan_shared(plan, name, np.unique(records), memory)
         except BaseException as error:
             give_up(plan, memory, error)
             raise
@@ -158,21 +179,14 @@ class Planner:
 
     def _slot(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Plan:
         """An empty slot, its constants filled in, and the fields that its variables' records go to."""
-        count = len(ids)
         record, start = self._sample.split_id(ids)
-        dtypes = [np.result_type(*(cut.variable.array.dtype for cut in cuts)) for cuts in self._tensors]
-        shapes = [(count, sum(cut.shape[0] for cut in cuts), *cuts[0].shape[1:]) for cuts in self._tensors]
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-        bases = np.cumsum([0, *(-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes)]).tolist()
-        buffer = self._pool.take(bases[-1])
-        arrays = [
-            buffer[base : base + size].view(dtype).reshape(shape)
-            for base, size, dtype, shape in zip(bases, sizes, dtypes, shapes, strict=False)
-        ]
+        form = self._forms.get(len(ids)) or self._forms.setdefault(len(ids), self._form(len(ids)))
+        buffer = self._pool.take(form[-1][2])
+        arrays = [buffer[base:stop].view(dtype).reshape(shape) for shape, dtype, base, stop in form[:-1]]
         named = iter(arrays)
         inputs, targets = ({name: next(named) for name in side} for side in (self._sample.inputs, self._sample.targets))
         plan = Plan(Slot(inputs, targets, ids, valid), buffer)
-        for cuts, array, base in zip(self._tensors, arrays, bases, strict=False):
+        for cuts, array, (_, _, base, _) in zip(self._tensors, arrays, form, strict=False):
             first = 0
             for cut in cuts:
                 out = array[:, first : first + cut.shape[0]]
@@ -185,6 +199,17 @@ class Planner:
                     out[...] = values.reshape(cut.shape) if cut.along is None else values[cut.positions(origin)]
                 first += cut.shape[0]
         return plan
+
+    def _form(self, count: int) -> list[tuple[tuple[int, ...], np.dtype[Any], int, int]]:
+        """Shape, dtype, first byte and byte after the last of each tensor of `count` samples; then the slot's end."""
+        form, base = [], 0
+        for cuts in self._tensors:
+            shape = (count, sum(cut.shape[0] for cut in cuts), *cuts[0].shape[1:])
+            dtype = np.result_type(*(cut.variable.array.dtype for cut in cuts))
+            stop = base + math.prod(shape) * dtype.itemsize
+            form.append((shape, dtype, base, stop))
+            base = -(-stop // ALIGN_BYTES) * ALIGN_BYTES
+        return [*form, ((), np.dtype(np.uint8), base, base)]
 
     def samples_of(self, plan: Plan, variable: str, chunk: Coordinates) -> list[int]:
         """Ids of the batch's samples that need a chunk."""
@@ -214,7 +239,8 @@ class Planner:
         chunks = np.zeros((len(records), place.array.ndim), np.int64)
         chunks[:, 0] = records
         offsets = np.concatenate([gather.offsets.ravel() for gather in plan.fields[name]]).tolist()
-        outs = [plan.buffer[offset : offset + place.chunk_bytes] for offset in offsets]
+        size = place.chunk_bytes
+        outs = [plan.buffer[offset : offset + size] for offset in offsets]
         plan.reads.append(Reads(name, place, chunks, self._indexes[name].find(chunks), outs, None))
         plan.distinct += self._count_distinct(name, chunks)
 
@@ -238,7 +264,10 @@ class Planner:
         """How many of these chunks the epoch had not seen."""
         if not self.tracks:
             return 0
-        seen, flat = self._seen[name], np.ravel_multi_index(tuple(chunks.T), self._grids[name])
+        grid = self._grids[name]
+        # A record a chunk is the usual case, and planning holds the interpreter lock that the decoders wait for.
+        flat = chunks[:, 0] if len(self._seen[name]) == grid[0] else np.ravel_multi_index(tuple(chunks.T), grid)
+        seen = self._seen[name]
         new = len(flat) - int(seen[flat].sum())
         seen[flat] = True
         return new
@@ -263,17 +292,6 @@ def _gather(cut: Cut, out: npt.NDArray[Any], record: Ids, start: Ids, base: int)
     step_bytes = out.strides[1] * (cut.shape[0] // steps)
     offsets = base + np.arange(count)[:, None] * out.strides[0] + np.arange(steps) * step_bytes
     return Gather(cut, out, records, start, offsets)
-
-
-def _in_place(place: Layout, gather: Gather) -> bool:
-    """Whether a field takes whole records, each of them a chunk."""
-    cut = gather.cut
-    return (
-        place.record_is_chunk
-        and cut.along != "inside"
-        and cut.channels is None
-        and gather.out.dtype == place.array.dtype
-    )
 
 
 def _record(plan: Plan, place: Layout, name: str, record: int) -> npt.NDArray[Any]:

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,12 @@ class Layout:
     """Whether a shard's index lies at its end."""
     chain: Chain
     """How a chunk is decoded."""
+    chunk_bytes: int = field(init=False)
+    """Bytes of a decoded inner chunk."""
+
+    def __post_init__(self) -> None:
+        # Kept, because zarr works out a dtype anew each time it is asked.
+        object.__setattr__(self, "chunk_bytes", math.prod(self.chunk) * int(self.array.dtype.itemsize))
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -58,11 +64,6 @@ class Layout:
     def checksummed(self) -> bool:
         """Whether a flipped bit in a chunk is noticed."""
         return self.chain.checksummed
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a decoded inner chunk."""
-        return math.prod(self.chunk) * int(self.array.dtype.itemsize)
 
     @property
     def chunks_per_shard(self) -> tuple[int, ...]:
@@ -174,6 +175,9 @@ class ShardIndexes:
         self._grid = tuple(-(-s // n) for s, n in zip(layout.array.shape, layout.shard or layout.chunk, strict=True))
         paged = self._count > self.PAGE_ENTRIES and layout.checksummed
         self._page = self.PAGE_ENTRIES if paged else self._count
+        self._pages_each = -(-self._count // self._page)
+        self._whole = self._pages_each == 1
+        self._linear = self._per[0] == self._count and self._grid[0] == math.prod(self._grid)
         self._pages: OrderedDict[int, _Page] = OrderedDict()
         self._underway: dict[int, Future[_Page]] = {}
         self._lock = threading.Lock()
@@ -220,20 +224,23 @@ class ShardIndexes:
         if self.layout.shard is None:
             keys = [self.layout.object_key(tuple(chunk)) for chunk in chunks.tolist()]
             return Spans(keys, [0] * count, [None] * count)
-        outer, inner = np.divmod(chunks, self._per)
-        shards = np.ravel_multi_index(tuple(outer.T), self._grid)
-        positions = np.ravel_multi_index(tuple(inner.T), self._per)
-        numbers = (shards * -(-self._count // self._page) + positions // self._page).tolist()
+        if self._linear:  # a record a chunk: positions along the first axis are all there is to it
+            shards, positions = np.divmod(chunks[:, 0], self._per[0])
+        else:
+            outer, inner = np.divmod(chunks, self._per)
+            shards = np.ravel_multi_index(tuple(outer.T), self._grid)
+            positions = np.ravel_multi_index(tuple(inner.T), self._per)
+        numbers = (shards if self._whole else shards * self._pages_each + positions // self._page).tolist()
         pages = self._get(dict.fromkeys(numbers))
         spans = Spans([], [], [])
         for number, position in zip(numbers, positions.tolist(), strict=True):
             page = pages[number]
             start = stop = 0
-            if page.entries is not None:
+            if (entries := page.entries) is not None:
                 at = 2 * (position - page.first)
-                offset = page.entries[at]
+                offset = entries[at]
                 if offset != _ABSENT:
-                    start, stop = offset, offset + page.entries[at + 1]
+                    start, stop = offset, offset + entries[at + 1]
             spans.keys.append(page.key)
             spans.starts.append(start)
             spans.stops.append(stop)
@@ -242,7 +249,7 @@ class ShardIndexes:
     def _number(self, chunk: Coordinates) -> int:
         outer, inner = np.divmod(np.array(chunk, np.int64), self._per)
         shard = int(np.ravel_multi_index(tuple(outer), self._grid))
-        return shard * -(-self._count // self._page) + int(np.ravel_multi_index(tuple(inner), self._per)) // self._page
+        return shard * self._pages_each + int(np.ravel_multi_index(tuple(inner), self._per)) // self._page
 
     def _get(self, numbers: dict[int, None]) -> dict[int, _Page]:
         """Pages by number: cached, read now, or awaited from the thread that is reading them."""
@@ -288,7 +295,7 @@ class ShardIndexes:
 
     def _place(self, number: int) -> tuple[str, int, Span]:
         """Key of a page's shard, its first entry, and the bytes to read; a negative start counts from the end."""
-        shard, page = divmod(number, -(-self._count // self._page))
+        shard, page = divmod(number, self._pages_each)
         key = self.layout.object_key(tuple(int(i) for i in np.unravel_index(shard, self._grid)))
         first, whole = page * self._page, ENTRY_BYTES * self._count + 4
         start = -whole if self.layout.index_at_end else 0

@@ -11,7 +11,6 @@ import os
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,12 +147,14 @@ class File:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
-    def read_into(self, buffers: Sequence[Any], start: int, size: int) -> int:
-        """Fill buffers of `size` bytes in all from `start` on; bytes read, fewer at the end of the file."""
+    def read_into(self, buffers: Sequence[Any], start: int, size: int) -> None:
+        """Fill buffers of `size` bytes in all from `start` on; ValueError if the file ends before."""
         got = os.preadv(self.descriptor, buffers, start)
-        while got < size and (more := os.preadv(self.descriptor, _after(buffers, got), start + got)):
-            got += more  # the kernel reads at most 2 GiB at a time
-        return got
+        while got < size:  # the kernel reads at most 2 GiB at a time
+            more = os.preadv(self.descriptor, _after(buffers, got), start + got)
+            if not more:
+                raise ValueError(f"{got} bytes where {size} belong")
+            got += more
 
 
 def _after(buffers: Sequence[Any], nbytes: int) -> list[memoryview]:
@@ -174,15 +175,13 @@ class Files:
         self.retries = 0
         """None: what a local file system refuses once it refuses again."""
         self._root = str(root)
-        self._open: OrderedDict[str, File] = OrderedDict()
+        self._open: dict[str, File] = {}
         self._lock = threading.Lock()
 
     def file(self, key: str, *, keep: bool = True) -> File | None:
         """The open file of a key, None if there is none; `keep` it open for the next range of it."""
-        with self._lock:
-            if (file := self._open.get(key)) is not None:
-                self._open.move_to_end(key)
-                return file
+        if (file := self._open.get(key)) is not None:
+            return file
         try:
             file = File(Path(f"{self._root}/{key}"))
         except (FileNotFoundError, NotADirectoryError):
@@ -192,14 +191,15 @@ class Files:
         if keep:
             with self._lock:
                 self._open[key] = file
-                if len(self._open) > OPEN_FILES:
-                    self._open.popitem(last=False)
+                if len(self._open) > OPEN_FILES:  # the one opened first; under a random order any is as good
+                    del self._open[next(iter(self._open))]
         return file
 
     def range(self, span: Span) -> tuple[File, int, int] | None:
         """A range: its file, first byte and byte after the last; None if there is no such file."""
         key, start, stop = span
-        if (file := self.file(key, keep=stop is not None)) is None:
+        file = self._open.get(key) or self.file(key, keep=stop is not None)
+        if file is None:
             return None
         if start < 0:
             start, stop = max(file.nbytes + start, 0), None if stop is None else file.nbytes + stop
@@ -219,8 +219,11 @@ class Files:
             return None
         file, start, stop = found
         data = memoryview(bytearray(max(stop - start, 0)))
-        got = file.read_into([data], start, len(data)) if len(data) else 0
-        return _whole((span[0], start, stop), data[:got])  # type: ignore[no-any-return]
+        try:
+            file.read_into([data], start, len(data))
+        except ValueError as error:
+            raise IntegrityError(f"{span[0]} is damaged ({error}): restore that object or ingest it again") from error
+        return data
 
 
 class Objects:

@@ -351,3 +351,16 @@ def test_empty_lanes_are_refused(lanes: tuple[int, int, int]) -> None:
 
 def test_a_split_smaller_than_a_batch_can_be_padded() -> None:
     assert order(3, global_batch=8, last="pad").batches == 1
+
+
+@pytest.mark.parametrize("last", ["drop", "pad"])
+@pytest.mark.parametrize("lanes", [None, Lanes(2, 2, 5)])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 3)])
+def test_shares_are_the_batches(last: str, lanes: Lanes | None, rank: int, ranks: int) -> None:
+    whole = order(20_011, global_batch=6, last=last, lanes=lanes)
+    for first in (0, 1, 3000, whole.batches - 1, whole.batches):
+        shares = list(whole.shares(first, rank, ranks))
+        assert len(shares) == whole.batches - first
+        for place in {0, len(shares) // 2, len(shares) - 1} & set(range(len(shares))):
+            for got, want in zip(shares[place], whole.batch(first + place, rank, ranks), strict=True):
+                np.testing.assert_array_equal(got, want)
