@@ -2,13 +2,15 @@
 
 One sample is one chunk (three in the window case, an eighth of one in the fat case): a smooth field and noise, int16 in
 sharded Zarr v3 with checksums, float32 in the Zarr v2 that xarray writes. Codecs: zstd 1, blosc (bitshuffle, lz4 or
-zstd), none. Homes: a directory, an Icechunk repository, an S3 endpoint on loopback (moto). The arrays lie in $TMPDIR,
-which should be a disk; pages are in the page cache, or, in `cold` cases, dropped before each subject's turn.
+zstd), none. Homes: a directory, an Icechunk repository, an S3 endpoint on loopback (moto), the same behind the node
+cache. The arrays lie in $TMPDIR, which should be a disk; pages are in the page cache, or, in `cold` cases, dropped
+before each subject's turn.
 
 Subjects:
   gpuops            gpuops.data: Order, Reader
   limit             read, decode and checksum into a preallocated ring with as many threads, all positions known; from
-                    Icechunk its own concurrent ranged get of a whole batch, from S3 raw concurrent GETs
+                    Icechunk its own concurrent ranged get of a whole batch, from S3 raw concurrent GETs,
+                    for the node cache the same shards as plain files
   zarr-oindex       array.oindex[ids], a batch at a time
   zarr-getitem      array[id], a sample at a time
   zarr-async        array.async_array.getitem(id), all of a batch at once: zarr-python at its best
@@ -44,9 +46,10 @@ from loader_peers import OPTIONAL, DataLoaderPeer, installed, peers
 from loader_subjects import BATCH, Contender, Epoch, Subject, epoch, read_afresh, read_gpuops, steps
 
 from gpuops.data import sample, source
+from gpuops.data.node_cache import CacheLocation
 from gpuops.data.reader import Reader
 
-PACKAGES = ("numpy", "zarr", "numcodecs", "zstandard", "google-crc32c", "icechunk", "obstore", "torch", *OPTIONAL)
+PACKAGES = ("numpy", "zarr", "numcodecs", "zstandard", "crc32c", "icechunk", "obstore", "torch", *OPTIONAL)
 MEMORY_CASE = "memory-50GB"
 
 
@@ -108,7 +111,8 @@ def measure(case: Case, records: int, effort: Effort, loader: DataLoaderPeer) ->
         url, bucket = loader_s3.upload(folder, case.name) if case.home == "s3" else (str(folder), None)
         opened = source.open(url)
         bound = sample.bind(_spec(case, opened), opened)
-        reader = Reader(opened, bound)
+        cache = CacheLocation(f"{scratch}/node-cache", 10**10) if case.cached else None
+        reader = Reader(opened, bound, cache=cache)
         stack.callback(reader.close)
         array = opened.variable(VARIABLE).array
         # A reader keeps chunks that are needed again, within its budget, which these small arrays fit into.

@@ -2,6 +2,7 @@
 # Everything that needs a GPU, one part at a time. Needs no network.
 #
 #   benchmarks/gpu.sh demo     the demo (`make demo`), then every test marked gpu
+#   benchmarks/gpu.sh loader   the loader from disk to a training step, each stage against its own ceiling
 #
 # From the environment:
 #   PYTHON   interpreter that has torch, triton and lightning; they are used as they are (default: python3)
@@ -9,7 +10,8 @@
 #   VENV     environment that is made on top of it (default: .venv)
 #   OUT      folder that the results are copied to as well (default: none)
 #
-# Writes benchmarks/results/<name of the GPU>/demo.json: the demo's summary, the tests' counts, the versions.
+# Writes benchmarks/results/<name of the GPU>/{demo,gpu-loader,loader}.json: for the demo its summary, the tests' counts
+# and the versions; for the loader the rows of gpu_loader.py, and of bench_loader.py on that machine's processor.
 # Exits with 1 if there is no GPU, a test failed or none ran, with 2 if it does not know what it was asked for.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
@@ -17,7 +19,7 @@ fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
 [ $# -eq 1 ] || fail "which part? benchmarks/gpu.sh demo (--help says more)" 2
 case $1 in
   -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-  demo) ;;
+  demo|loader) part=$1 ;;
   *) fail "there is no part $1: benchmarks/gpu.sh demo (--help says more)" 2 ;;
 esac
 nvidia-smi --list-gpus >/dev/null 2>&1 \
@@ -26,6 +28,14 @@ OUT=${OUT:+$(mkdir -p "$OUT" && realpath "$OUT")}  # before the cd: it may be re
 WHEELS=${WHEELS:+$(realpath "$WHEELS")}
 cd "$(dirname "$0")/.."
 export VENV=${VENV:-.venv}
+
+if [ "$part" = loader ]; then
+  make setup "PYTHON=${PYTHON:-python3}" SYSTEM_SITE=1 "WHEELS=${WHEELS:-}"
+  "$VENV/bin/python" benchmarks/gpu_loader.py
+  "$VENV/bin/python" benchmarks/bench_loader.py --quick
+  if [ -n "$OUT" ]; then cp benchmarks/results/*/{gpu-loader,loader}.json "$OUT/"; fi
+  exit 0
+fi
 
 make demo "PYTHON=${PYTHON:-python3}" SYSTEM_SITE=1 "WHEELS=${WHEELS:-}"
 "$VENV/bin/python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \

@@ -50,6 +50,8 @@ class Case:
     """Pages are dropped before each subject's turn."""
     window: int = 1
     """Consecutive records in a sample."""
+    cached: bool = False
+    """The timed rounds find everything in the node cache, which the first delivery filled."""
     dates: int = 1
     """Records of a chunk; where there are several, the order runs in windowed lanes."""
 
@@ -80,6 +82,7 @@ CASES = (
     Case("icechunk-zstd-256KiB-shuffle", "zstd", LARGE, home="icechunk"),
     Case("icechunk-cold-zstd-256KiB-shuffle", "zstd", LARGE, home="icechunk", cold=True),
     Case("s3-zstd-256KiB-shuffle", "zstd", LARGE, home="s3"),
+    Case("node-cache-zstd-256KiB-shuffle", "zstd", LARGE, home="s3", cached=True),
     Case("window-zstd-256KiB-shuffle", "zstd", LARGE, window=3),
     Case("zstd-64KiB-shuffle", "zstd", SMALL),
     Case("none-64KiB-shuffle", "none", SMALL),

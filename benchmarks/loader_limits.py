@@ -178,7 +178,7 @@ def limits(
             found[f"{name}, get_partial_values"] = make(
                 fill=_nothing, fetch=partial(_partial_values, array.store_path.store), decode=decode
             )
-        elif bucket is not None:
+        elif bucket is not None and not case.cached:
             for connections in CONNECTIONS:
                 getters = stack.enter_context(ThreadPoolExecutor(connections))
                 fetch = partial(_get_ranges, bucket, getters)

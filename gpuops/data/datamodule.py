@@ -14,7 +14,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from gpuops.data.counters import Counters
-from gpuops.data.loader import ZarrLoader
+from gpuops.data.loader import ZarrLoader, pinned
+from gpuops.data.node_cache import CacheLocation
 from gpuops.data.order import Lanes, Order, Strata
 from gpuops.data.prepare import freeze, missing_targets
 from gpuops.data.reader import Reader
@@ -58,6 +59,8 @@ class ZarrDataModule(LightningDataModule):
         sampling: Weighted | Stratified | Foreground | None = None,
         lanes: Lanes | Literal["auto"] | None = "auto",
         missing_chunks: Literal["error", "fill"] = "error",
+        cache_dir: str | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         """Declare what a sample is.
 
@@ -81,6 +84,9 @@ class ZarrDataModule(LightningDataModule):
             lanes: how chunks that hold several records are shuffled so that each is decoded once; "auto" chooses lanes
                 from the stored chunks and `global_batch` where there are such chunks, None shuffles over everything.
             missing_chunks: "error", or "fill" to read a chunk that is not there as the array's fill value.
+            cache_dir: a directory on a disk of the node, or under /dev/shm, that keeps what its ranks fetched from an
+                object store or an Icechunk repository, for later epochs and runs; None keeps nothing.
+            cache_gb: most gigabytes (10^9 bytes) kept there, over all data sets.
         """
         super().__init__()
         self.url, self.snapshot, self.holdout, self.test = url, snapshot, holdout, test
@@ -88,6 +94,7 @@ class ZarrDataModule(LightningDataModule):
         self.sample = SampleSpec(inputs, targets, window)
         self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
         self.dtype = _dtype(dtype)
+        self._cache = None if cache_dir is None else CacheLocation(cache_dir, int(cache_gb * 1e9))
         if budget_mb < 1:
             raise InputError(f"a budget of {budget_mb} MiB holds no batch: give at least 1")
         if sampling is not None and isinstance(lanes, Lanes):
@@ -225,7 +232,12 @@ class ZarrDataModule(LightningDataModule):
             raise InputError(f"global_batch {self.global_batch} is not a multiple of {ranks} ranks: change one of them")
         share = len(os.sched_getaffinity(0)) // (1 if trainer is None else trainer.num_devices)
         reader = Reader(
-            self.source, self.bound, threads=self.threads or max(1, share), budget_bytes=self.budget_mb << 20
+            self.source,
+            self.bound,
+            threads=self.threads or max(1, share),
+            budget_bytes=self.budget_mb << 20,
+            cache=self._cache,
+            allocate=pinned if device.type == "cuda" else None,
         )
         self._readers.append(reader)
         fingerprint = self.fingerprint

@@ -22,6 +22,9 @@ from gpuops.data.plan import Plan, Planner, Reads
 from gpuops.data.transport import File, Files, Span, Transport
 from gpuops.errors import IntegrityError
 
+QUICK_READ_S, QUICK_BYTE_S = 50e-6, 0.5e-9
+"""A read that takes no longer than so much, and so much a byte, was one from the page cache."""
+
 
 class Filler:
     """Threads that fill slots."""
@@ -43,11 +46,16 @@ class Filler:
         self._decoders = _Workers(threads, "gpuops-decode")
         self._fetchers = _Workers(0 if isinstance(transport, Files) else ahead, "gpuops-read")
         self._scratch = _Scratch()
+        self._waiting = False
+        """Whether local files come from a disk: seen from how long reading took, because announcing costs as well."""
 
     def start(self, plan: Plan, finish: Callable[[Counters, BaseException | None], None]) -> Future[Plan]:
         """Fill a slot; the future is done after `finish` has been called with what it cost and the first error."""
         job = _Job(plan, finish)
         if self._at_hand(plan):
+            if self._waiting and isinstance(self._transport, Files):
+                for reads in plan.reads:
+                    self._transport.announce(span for span in reads.spans if span[2] != 0)
             self._decode_all(job, None)
         else:
             self._fetchers.put(job, partial(self._fetch, job))
@@ -137,6 +145,7 @@ class Filler:
             decoded = clock()
             read_s += got - begun
             decode_s += decoded - got
+        self._waiting = read_s > len(share) * QUICK_READ_S + nbytes * QUICK_BYTE_S
         job.add(len(share) - filled, filled, nbytes, read_s, decode_s)
         job.arrive(None)
 

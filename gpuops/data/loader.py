@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gpuops.data.order import Order
-from gpuops.data.plan import Slot, Stored
+from gpuops.data.plan import Slot
 from gpuops.data.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Ids
@@ -60,7 +63,8 @@ class ZarrLoader:
         """
         self.reader = reader
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
-        self._inputs, self._targets, self._device = inputs.to(device), targets.to(device), device
+        self._inputs, self._targets = inputs.to(device), targets.to(device)
+        self._upload = _Upload(device) if device.type == "cuda" else None
         self._identity, self._progress = dict(identity or {}), progress or _always_finished
         self._position = (0, 0)
         self._resume: tuple[int, int] | None = None
@@ -130,20 +134,53 @@ class ZarrLoader:
         epoch, delivered = self._position
         return epoch + 1 if delivered == len(self) else epoch
 
+    @torch.no_grad()
     def _batch(self, slot: Slot) -> Batch:
+        inputs, targets = ({k: torch.from_numpy(a) for k, a in side.items()} for side in (slot.inputs, slot.targets))
+        valid = torch.from_numpy(slot.valid)
+        if self._upload is not None:
+            inputs, targets, valid = self._upload.copy(inputs, targets, valid)
         return {
-            "inputs": self._prepare(slot.inputs, self._inputs),
-            "targets": self._prepare(slot.targets, self._targets),
+            "inputs": self._inputs.packed(inputs),
+            "targets": self._targets.packed(targets),
             "id": torch.from_numpy(slot.ids),
-            "valid": torch.from_numpy(slot.valid).to(self._device),
+            "valid": valid,
         }
 
-    @torch.no_grad()
-    def _prepare(self, stored: Stored, module: PreprocessModule) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in stored.items()}
-        if self._device.type == "cuda":
-            tensors = {k: t.pin_memory().to(self._device, non_blocking=True) for k, t in tensors.items()}
-        return module.packed(tensors)
+
+class _Upload:
+    """Copies slots to a CUDA device on a stream of its own, beside the computation of the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._under_way: deque[tuple[torch.cuda.Event, tuple[Any, ...]]] = deque()
+
+    def copy(
+        self, inputs: dict[str, Tensor], targets: dict[str, Tensor], valid: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The same tensors on the device, ready for its current stream; pinned ones without waiting for the copy."""
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = tuple(
+                {k: t.to(self._device, non_blocking=True) for k, t in side.items()} for side in (inputs, targets)
+            )
+            mask = valid.to(self._device)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        current.wait_event(done)
+        for tensor in (*moved[0].values(), *moved[1].values(), mask):
+            tensor.record_stream(current)  # allocated on the copying stream, freed after use on this one
+        # A slot's memory may be filled again once nobody refers to it, so refer to it until it is copied.
+        self._under_way.append((done, (inputs, targets)))
+        while self._under_way and self._under_way[0][0].query():
+            self._under_way.popleft()
+        return moved[0], moved[1], mask
+
+
+def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Page-locked memory, which a CUDA device copies from while it computes."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def _always_finished() -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,6 +17,8 @@ from gpuops.errors import InputError
 Bytes = npt.NDArray[np.uint8]
 Key = tuple[str, tuple[int, ...]]
 """Variable and grid position of an inner chunk."""
+Allocate = Callable[[int], Bytes]
+"""Gives uint8 memory of so many bytes."""
 
 
 class Chunk:
@@ -125,8 +128,9 @@ class Pool:
 
     KEPT = 4
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, allocate: Allocate | None = None) -> None:
+        """Start empty; `allocate` makes memory that a device can copy from while it computes (pinned), say."""
+        self._allocate = allocate or _pageable
         self._free: list[Bytes] = []
         self._lock = threading.RLock()  # a finalizer may run in the thread that holds it
 
@@ -137,7 +141,7 @@ class Pool:
             if owner is not None:
                 self._free = [free for free in self._free if free is not owner]
         if owner is None:
-            owner = np.empty(nbytes, np.uint8)
+            owner = self._allocate(nbytes)
         # Through a memoryview, because NumPy would let views of an array refer to `owner` itself, past `lent`.
         lent = np.frombuffer(owner.data, np.uint8)
         weakref.finalize(lent, self._give_back, owner).atexit = False
@@ -146,3 +150,7 @@ class Pool:
     def _give_back(self, owner: Bytes) -> None:
         with self._lock:
             self._free = [*self._free, owner][-self.KEPT :]
+
+
+def _pageable(nbytes: int) -> Bytes:
+    return np.empty(nbytes, np.uint8)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.memory import Chunk, Key, Memory, Pool
+from gpuops.data.memory import Allocate, Chunk, Key, Memory, Pool
 from gpuops.data.sample import BoundSample, Cut, Ids
 from gpuops.data.shard import Coordinates, Layout, ShardIndexes, Spans
 
@@ -121,8 +121,14 @@ class Plan:
 class Planner:
     """Plans batches of one sample form."""
 
-    def __init__(self, sample: BoundSample, layouts: Mapping[str, Layout], indexes: Mapping[str, ShardIndexes]) -> None:
-        """Plan for `sample`, whose variables lie as `layouts` and `indexes` say."""
+    def __init__(
+        self,
+        sample: BoundSample,
+        layouts: Mapping[str, Layout],
+        indexes: Mapping[str, ShardIndexes],
+        allocate: Allocate | None = None,
+    ) -> None:
+        """Plan for `sample`, whose variables lie as `layouts` and `indexes` say; slots lie in what `allocate` gives."""
         self._sample, self._layouts, self._indexes = sample, layouts, indexes
         self._tensors = [cuts for side in (sample.inputs, sample.targets) for cuts in side.values()]
         self._constants = {
@@ -131,7 +137,7 @@ class Planner:
             for cut in cuts
             if not cut.records
         }
-        self._pool = Pool()
+        self._pool = Pool(allocate)
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any], int, int]]] = {}
         whole = {
             (cut.variable.name, cut.along, cut.channels, np.result_type(*(c.variable.array.dtype for c in cuts)))

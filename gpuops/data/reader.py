@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gpuops.data.counters import Counters
 from gpuops.data.filler import Filler
-from gpuops.data.memory import Memory
+from gpuops.data.memory import Allocate, Memory
 from gpuops.data.node_cache import CacheLocation, NodeCache
 from gpuops.data.plan import Plan, Planner, Slot, Stored, give_up
 from gpuops.data.sample import BoundSample, Ids
@@ -54,6 +54,7 @@ class Reader:
         ahead: int | None = None,
         retry: Retry | None = None,
         cache: CacheLocation | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         """Prepare to read `sample` from `source`.
 
@@ -65,6 +66,7 @@ class Reader:
             ahead: most batches read ahead of the consumer; 2 for local files and 8 for other stores if None.
             retry: how patient to be with a store that fails.
             cache: where the ranks of this node keep what they fetched; of no use to a store of local files.
+            allocate: gives the memory of slots; pageable memory if None.
         """
         self.sample = sample
         self._counters = Counters(budget_bytes=budget_bytes)
@@ -81,7 +83,7 @@ class Reader:
             name: ShardIndexes(place, self._transport, index_budget) for name, place in self._layouts.items()
         }
         self._memory = Memory(budget_bytes - budget_bytes // 8)
-        self._planner = Planner(sample, self._layouts, self._indexes)
+        self._planner = Planner(sample, self._layouts, self._indexes, allocate)
         self._filler = Filler(
             self._planner,
             self._transport,
