@@ -10,8 +10,8 @@
 #   VENV     environment that is made on top of it (default: .venv)
 #   OUT      folder that the results are copied to as well (default: none)
 #
-# Writes benchmarks/results/<name of the GPU>/{demo,gpu-loader,loader}.json: for the demo its summary, the tests' counts
-# and the versions; for the loader the rows of gpu_loader.py, and of bench_loader.py on that machine's processor.
+# Writes benchmarks/results/<name of the GPU>/, for the demo demo.json: its summary, the tests' counts
+# and the versions; for the loader gpu-loader.json and, on that machine's processor, loader.json.
 # Exits with 1 if there is no GPU, a test failed or none ran, with 2 if it does not know what it was asked for.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
