@@ -136,7 +136,9 @@ class Filler:
                 else:
                     decode(encoded, outs[i])
                     nbytes += len(encoded)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
+                if isinstance(self._transport, NodeCache):
+                    self._transport.forget((reads.spans.keys[i], reads.spans.starts[i], reads.spans.stops[i]))
                 raise IntegrityError(
                     f"{self._named(job.plan, reads, i)} is damaged ({error}): restore that object or ingest it again"
                 ) from error
@@ -244,8 +246,9 @@ class _Job:
         """The batch is filled, or failed."""
         self._then = None  # it refers to this job: a cycle would keep the slot's memory until the next collection
         self._finish(self.costs, self.error)
+        plan, self.plan = self.plan, None  # type: ignore[assignment]  # a cached chunk remembers who waited for it
         if self.error is None:
-            self.done.set_result(self.plan)
+            self.done.set_result(plan)
         else:
             self.done.set_exception(self.error)
 

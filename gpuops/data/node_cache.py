@@ -19,7 +19,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ CACHED = object()
 _RECORD = struct.Struct("<QQII")
 """A line of a journal: first byte, byte after the last, crc32c of the data, crc32c of the line so far."""
 _BLOCK = 4096
+LOCKS = 256
+"""Ranges that a process fills, and holds locked, at one time: each takes a descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class NodeCache:
         Raises:
             InputError: the directory cannot be written.
         """
-        self._transport, self._root, self._budget = transport, Path(location.directory), location.budget_bytes
+        # A folder of its own: what else lies in the directory is nobody's business, least of all to be evicted.
+        self._transport, self._root = transport, Path(location.directory) / "gpuops-ranges"
+        self._budget, self._closed = location.budget_bytes, False
         self._directory = self._root / hashlib.sha256(identity.encode()).hexdigest()[:32]
         try:
             self._in_use = _use(self._directory)
@@ -91,7 +95,10 @@ class NodeCache:
 
     def holds(self, span: Span) -> bool:
         """Whether `range` has it."""
-        return self._object(span).has(span)
+        try:
+            return self._object(span).has(span)
+        except OSError:  # the directory is gone
+            return False
 
     def fetch(self, spans: Sequence[Span]) -> list[Any]:
         """See Transport."""
@@ -103,27 +110,49 @@ class NodeCache:
         answers: list[Any] = [CACHED if self.holds(span) else None for span in spans]
         wanted = sorted({span for span, answer in zip(spans, answers, strict=True) if answer is None}, key=_order)
         self.hits += len(spans) - len(wanted)
-        if not wanted:
-            return answers
         fetched: dict[Span, Any] = {}
+        for first in range(0, len(wanted), LOCKS):
+            fetched |= self._fill_some(wanted[first : first + LOCKS])
+        return [fetched[span] if answer is None else answer for span, answer in zip(spans, answers, strict=True)]
+
+    def _fill_some(self, wanted: list[Span]) -> dict[Span, Any]:
+        """`fill` for as many ranges as are locked at one time."""
         # Locks belong to open files, not to threads, so threads of this process take turns here. Every process takes
         # its locks in the same order, so that no two wait for each other.
         with self._filling, ExitStack() as stack:
-            for span in wanted:
-                stack.enter_context(self._object(span).filling(span))
-            still = [span for span in wanted if not self._object(span).has(span, refresh=True)]
+            try:
+                for span in wanted:
+                    stack.enter_context(self._object(span).filling(span))
+                still = [span for span in wanted if not self._object(span).has(span, refresh=True)]
+            except OSError:  # the directory is gone, or no descriptor is left: go on without the cache
+                return dict(zip(wanted, self._transport.fetch(wanted), strict=True))
             fetched = dict.fromkeys(wanted, CACHED)
             for span, data in zip(still, self._transport.fetch(still) if still else [], strict=True):
-                kept = data is not None and self._admit(len(memoryview(data)))
-                if kept:
-                    self._object(span).put(span, data)
-                fetched[span] = CACHED if kept else data
+                fetched[span] = CACHED if data is not None and self._keep(span, data) else data
             self.misses += len(still)
-        return [fetched[span] if answer is None else answer for span, answer in zip(spans, answers, strict=True)]
+        return fetched
+
+    def _keep(self, span: Span, data: Any) -> bool:
+        """Keep a range; False if there is no room for it, or the disk refuses it."""
+        try:
+            if not self._admit(memoryview(data).nbytes):
+                return False
+            self._object(span).put(span, data)
+        except OSError:
+            return False
+        return True
+
+    def forget(self, span: Span) -> None:
+        """Ask the store again for a range that turned out to be damaged."""
+        with suppress(OSError):
+            self._object(span).forget(span)
 
     def close(self) -> None:
         """Let the files go; what was kept stays for the next run."""
         with self._guard:
+            if self._closed:
+                return
+            self._closed = True
             self._objects.clear()
         for descriptor in (self._in_use, self._ledger):
             os.close(descriptor)
@@ -164,7 +193,7 @@ class NodeCache:
     def _evict(self, nbytes: int) -> int:
         """Remove data sets that nobody uses, the one used longest ago first, until `nbytes` are free; bytes freed."""
         freed = 0
-        others = [path for path in self._root.iterdir() if path.is_dir() and path != self._directory]
+        others = [path for path in self._root.iterdir() if (path / "in-use").is_file() and path != self._directory]
         for path in sorted(others, key=lambda path: path.stat().st_mtime):
             if freed >= nbytes:
                 break
@@ -202,6 +231,8 @@ class _Object:
         self.data = File(path)
         self._path = path
         self._ranges: dict[int, int] = {}
+        self._unproved: dict[int, int] = {}
+        """Checksums of ranges that another run, or another process, wrote: compared when they are first wanted."""
         self._journal = path.with_suffix(".journal")
         self._read_to = 0
         self._refresh()
@@ -210,8 +241,30 @@ class _Object:
         """Whether a range is whole here."""
         if refresh:
             self._refresh()
-        stop = self._ranges.get(max(span[1], 0))
-        return stop is not None and (span[2] is None or span[1] < 0 or stop == span[2])
+        start = max(span[1], 0)
+        stop = self._ranges.get(start)
+        if stop is None or not (span[2] is None or span[1] < 0 or stop == span[2]):
+            return False
+        recorded = self._unproved.get(start)
+        if recorded is not None:  # a machine that lost power may have kept the journal and not the data
+            if crc32c.crc32c(os.pread(self.data.descriptor, stop - start, start)) != recorded:
+                self.forget(span)
+                return False
+            del self._unproved[start]
+        return True
+
+    def forget(self, span: Span) -> None:
+        """Take a range out of the journal."""
+        start = max(span[1], 0)
+        self._append(start, start, 0)
+
+    def _append(self, start: int, stop: int, checksum: int) -> None:
+        line = struct.pack("<QQI", start, stop, checksum)
+        with open(self._journal, "ab", buffering=0) as journal:
+            journal.write(line + crc32c.crc32c(line).to_bytes(4, "little"))
+        self._refresh()
+        if stop > start:
+            self._unproved.pop(start, None)  # its own writing
 
     def bounds(self, span: Span) -> tuple[int, int]:
         """(first byte, byte after the last) of a range in the file."""
@@ -226,10 +279,7 @@ class _Object:
             written = 0
             while written < len(view):
                 written += file.write(view[written:])
-        line = struct.pack("<QQI", start, start + len(view), crc32c.crc32c(view))
-        with open(self._journal, "ab", buffering=0) as journal:
-            journal.write(line + crc32c.crc32c(line).to_bytes(4, "little"))
-        self._refresh()
+        self._append(start, start + len(view), crc32c.crc32c(view))
 
     @contextmanager
     def filling(self, span: Span) -> Iterator[None]:
@@ -251,9 +301,12 @@ class _Object:
             return
         place = 0
         while place + _RECORD.size <= len(added):
-            start, stop, _, check = _RECORD.unpack_from(added, place)
+            start, stop, checksum, check = _RECORD.unpack_from(added, place)
             if crc32c.crc32c(added[place : place + _RECORD.size - 4]) == check:
-                self._ranges[start] = stop
+                if stop > start:
+                    self._ranges[start], self._unproved[start] = stop, checksum
+                else:
+                    self._ranges.pop(start, None)
                 place += _RECORD.size
             else:
                 place += 1

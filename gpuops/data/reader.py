@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from gpuops.data.sample import BoundSample, Ids
 from gpuops.data.shard import ShardIndexes, layout
 from gpuops.data.source import Source
 from gpuops.data.transport import Files, Retry, open_transport
+from gpuops.errors import InputError
 
 BUDGET_BYTES = 512 * 2**20
 """What a reader may hold, unless it is told otherwise."""
@@ -83,6 +85,10 @@ class Reader:
             name: ShardIndexes(place, self._transport, index_budget) for name, place in self._layouts.items()
         }
         self._memory = Memory(budget_bytes - budget_bytes // 8)
+        # Single batches have memory of their own: in the midst of an iteration they would wait for chunks of batches
+        # that themselves wait for the consumer.
+        self._aside = Memory(budget_bytes - budget_bytes // 8)
+        self._pending: deque[Future[Future[Plan]]] = deque()
         self._planner = Planner(sample, self._layouts, self._indexes, allocate)
         self._filler = Filler(
             self._planner,
@@ -92,18 +98,21 @@ class Reader:
             fill_missing=source.missing_chunks == "fill",
         )
         self._plans = ThreadPoolExecutor(1, "gpuops-plan")
+        self._process = os.getpid()
+        self._ids = (sample.records - sample.length + 1) * sample.starts
 
     @property
     def counters(self) -> Counters:
         """What reading cost so far."""
         counters, indexes = self._counters, self._indexes.values()
         counters.retries = self._transport.retries
-        counters.held_bytes = self._memory.peak_bytes + sum(index.nbytes for index in indexes)
+        counters.held_bytes = self._memory.peak_bytes + self._aside.peak_bytes + sum(index.nbytes for index in indexes)
         return counters
 
     def close(self) -> None:
         """Stop the threads; batches not yet delivered are dropped."""
         self._memory.close()
+        self._aside.close()
         self._plans.shutdown(cancel_futures=True)
         self._filler.close()
         self._transport.close()
@@ -115,12 +124,15 @@ class Reader:
             IntegrityError: see `read`.
             InputError: one batch needs more memory than the budget.
         """
-        pending: deque[Future[Future[Plan]]] = deque()
+        self._abandon(self._pending)  # an earlier iteration that was left, and that somebody still refers to
+        pending = self._pending = deque()
         remaining = iter(batches)
         self._planner.begin_epoch()
         begun = time.perf_counter()
         try:
             while True:
+                if pending is not self._pending:
+                    raise InputError("another iteration of this reader has begun: make a reader for each of them")
                 while len(pending) <= self.ahead and (batch := next(remaining, None)) is not None:
                     pending.append(self._plans.submit(self._start, *batch))
                 if not pending:
@@ -130,14 +142,14 @@ class Reader:
                 pending.popleft()
                 self._memory.release(plan.slot.nbytes)
                 now = time.perf_counter()
-                self._counters.stall_s += now - asked
-                self._counters.wall_s, begun = self._counters.wall_s + now - begun, now
+                with self._lock:
+                    self._counters.stall_s += now - asked
+                    self._counters.wall_s += now - begun
+                begun = now
                 yield plan.slot
                 del plan  # its memory is the consumer's to give back
         finally:
-            for started in pending:
-                if not started.cancel():
-                    started.add_done_callback(self._abandon)
+            self._abandon(pending)
 
     def read(self, ids: Ids, valid: npt.NDArray[np.bool_] | None = None) -> Slot:
         """One batch, now.
@@ -145,49 +157,62 @@ class Reader:
         Raises:
             IntegrityError: a chunk is missing or fails its checksum; the message names variable, shard and samples.
         """
-        plan = self._plan(ids, np.ones(len(ids), bool) if valid is None else valid, wait=False)
-        self._fill(plan).result()
-        self._memory.release(plan.slot.nbytes)
-        return plan.slot
+        plan = self._plan(ids, np.ones(len(ids), bool) if valid is None else valid, self._aside, wait=False)
+        filled = self._fill(plan, self._aside)
+        # Given back by the batch itself, so that an interrupt here loses nothing.
+        filled.add_done_callback(partial(self._release, self._aside))
+        return filled.result().slot
 
     def _start(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Future[Plan]:
-        return self._fill(self._plan(ids, valid, wait=True))
+        return self._fill(self._plan(ids, valid, self._memory, wait=True), self._memory)
 
-    def _fill(self, plan: Plan) -> Future[Plan]:
+    def _fill(self, plan: Plan, memory: Memory) -> Future[Plan]:
         taken = self._taken(plan)
 
         def finish(costs: Counters, error: BaseException | None) -> None:
             if error is None:
-                self._memory.release(taken - plan.slot.nbytes)
-                self._memory.leave(list(plan.chunks.values()))
+                memory.release(taken - plan.slot.nbytes)
+                memory.leave(list(plan.chunks.values()))
                 costs.samples, costs.batches, costs.distinct_chunks = len(plan.slot.ids), 1, plan.distinct
             else:
-                self._memory.release(taken)
-                give_up(plan, self._memory, error)
+                memory.release(taken)
+                give_up(plan, memory, error)
             plan.reads.clear()
             plan.gathers.clear()
             self._count(costs)
 
         return self._filler.start(plan, finish)
 
-    def _abandon(self, started: Future[Future[Plan]]) -> None:
-        """Give back the memory of a batch that nobody will ask for, once it is filled."""
+    def _abandon(self, pending: deque[Future[Future[Plan]]]) -> None:
+        """Give back the memory of batches that nobody will ask for, once they are filled."""
 
-        def release(filled: Future[Plan]) -> None:
-            if not filled.cancelled() and filled.exception() is None:
-                self._memory.release(filled.result().slot.nbytes)
+        def started_late(started: Future[Future[Plan]]) -> None:
+            if started.exception() is None:
+                started.result().add_done_callback(partial(self._release, self._memory))
 
-        if started.exception() is None:
-            started.result().add_done_callback(release)
+        while pending:
+            if not (started := pending.popleft()).cancel():
+                started.add_done_callback(started_late)
 
-    def _plan(self, ids: Ids, valid: npt.NDArray[np.bool_], *, wait: bool) -> Plan:
+    def _release(self, memory: Memory, filled: Future[Plan]) -> None:
+        if not filled.cancelled() and filled.exception() is None:
+            memory.release(filled.result().slot.nbytes)
+
+    def _plan(self, ids: Ids, valid: npt.NDArray[np.bool_], memory: Memory, *, wait: bool) -> Plan:
         """Plan a batch and take the memory for it."""
+        if os.getpid() != self._process:
+            raise InputError(
+                "a reader does not survive a fork: its threads stay behind. Make it in the process that reads "
+                "(no DataLoader workers are needed: it reads ahead on threads)"
+            )
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._ids:
+            raise InputError(f"sample ids {ids.min()} to {ids.max()}: there are {self._ids}, from 0")
         begin, costs = time.perf_counter(), self._index_cost()
-        plan = self._planner.plan(ids, valid, self._memory)
+        plan = self._planner.plan(ids, valid, memory)
         try:
-            self._memory.acquire(self._taken(plan), shared=plan.chunk_bytes, wait=wait)
+            memory.acquire(self._taken(plan), shared=plan.chunk_bytes, wait=wait)
         except BaseException as error:
-            give_up(plan, self._memory, error)
+            give_up(plan, memory, error)
             raise
         requests, bytes_read = (now - then for now, then in zip(self._index_cost(), costs, strict=True))
         self._count(Counters(requests=requests, bytes_read=bytes_read, plan_s=time.perf_counter() - begin))

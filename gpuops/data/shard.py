@@ -272,8 +272,8 @@ class ShardIndexes:
 
     def _read(self, wanted: dict[int, Future[_Page]]) -> None:
         """Read pages in one go, fulfil their futures and cache them."""
-        places = [self._place(number) for number in wanted]
         try:
+            places = [self._place(number) for number in wanted]
             answers = self._transport.fetch([span for _, _, span in places])
             pages = [self._parse(key, first, data) for (key, first, _), data in zip(places, answers, strict=True)]
         except BaseException as error:

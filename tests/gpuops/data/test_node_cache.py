@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_a_line_of_the_journal_that_was_cut_short_is_passed_over(tmp_path: Path,
     cache = cache_of(tmp_path, remote)
     cache.fetch(spans()[:10])
     cache.close()
-    (journal,) = (tmp_path / "cache").glob("*/*.journal")
+    (journal,) = (tmp_path / "cache").glob("*/*/*.journal")
     journal.write_bytes(journal.read_bytes()[:-cut])
     for _ in range(2):
         cache = cache_of(tmp_path, remote)
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_passed_through(tmp_path: Path, remote: Remote) -> 
     kept = sum(cache.holds(span) for span in spans())
     assert 0 < kept < RANGES
     assert len(remote.asked) == 2 * RANGES - kept
-    used = sum(file.stat().st_blocks * 512 for file in (tmp_path / "cache").glob("*/*"))
+    used = sum(file.stat().st_blocks * 512 for file in (tmp_path / "cache").glob("*/*/*"))
     cache.close()
     assert used <= 60_000
 
@@ -173,6 +174,38 @@ def test_data_that_nobody_uses_make_room(tmp_path: Path, remote: Remote) -> None
     again = cache_of(tmp_path, remote, "idle", budget)
     assert not any(map(again.holds, spans()))
     again.close()
+
+
+def test_what_else_lies_in_the_directory_is_left_alone(tmp_path: Path, remote: Remote) -> None:
+    (tmp_path / "cache" / "precious").mkdir(parents=True)
+    (tmp_path / "cache" / "precious" / "checkpoint").write_text("weights")
+    cache = cache_of(tmp_path, remote, budget=60_000)
+    cache.fetch(spans())
+    cache.close()
+    cache.close()
+    assert (tmp_path / "cache" / "precious" / "checkpoint").read_text() == "weights"
+
+
+def test_damaged_ranges_of_another_run_are_fetched_again(tmp_path: Path, remote: Remote) -> None:
+    cache = cache_of(tmp_path, remote)
+    cache.fetch(spans())
+    cache.close()
+    for file in (tmp_path / "cache").glob("*/*/*"):
+        if not file.suffix and file.name != "in-use":
+            os.truncate(file, 100)  # as a machine that lost power may leave it
+            os.truncate(file, RANGE * RANGES)
+    cache = cache_of(tmp_path, remote)
+    assert [bytes(data) for data in cache.fetch(spans())] == [content(span) for span in spans()]
+    cache.close()
+    assert len(remote.asked) == 2 * RANGES
+
+
+def test_a_directory_that_disappears_is_done_without(tmp_path: Path, remote: Remote) -> None:
+    cache = cache_of(tmp_path, remote)
+    cache.fetch(spans()[:3])
+    shutil.rmtree(tmp_path / "cache")
+    assert [bytes(data) for data in cache.fetch(spans("other"))] == [content(span) for span in spans("other")]
+    cache.close()
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, remote: Remote) -> None:
