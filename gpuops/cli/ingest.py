@@ -39,9 +39,18 @@ def ingest(
 def summary(source: Source, names: list[str]) -> dict[str, Any]:
     """What a commit holds."""
     arrays = [source.variables[name].array for name in names]
-    variables = source.group[f"{META}/{QUALITY}"].attrs["variables"]
+    report = source.group[f"{META}/{QUALITY}"].attrs
+    variables = report["variables"]
     assert isinstance(variables, dict)
     errors = {name: variables[name]["pack"]["max_abs_error"] for name in names if variables[name]["pack"]}
+    coordinates = report["coordinates"]
+    assert isinstance(coordinates, dict)
+    faults = ("repeated", "disordered", "gaps")
+    breaks = {
+        name: {fault: found[fault] for fault in faults if found[fault]}
+        for name, found in coordinates.items()
+        if any(found[fault] for fault in faults)
+    }
     return {
         "url": source.url,
         "snapshot": source.snapshot,
@@ -51,4 +60,5 @@ def summary(source: Source, names: list[str]) -> dict[str, Any]:
         "stored_bytes": sum(int(array.nbytes_stored()) for array in arrays),
         "quality": "passed",
         **({"max_abs_error": errors} if errors else {}),
+        **({"breaks": breaks} if breaks else {}),
     }

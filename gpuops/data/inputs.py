@@ -6,6 +6,7 @@ travels to other processes as the way to open it, never as an open file.
 
 from __future__ import annotations
 
+import logging
 import glob as globbing
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from gpuops.errors import InputError, UnavailableError
 
 HDF5_MAGIC = b"\x89HDF"
 NETCDF3_MAGIC = b"CDF"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -96,8 +99,12 @@ def variables_of(location: str) -> dict[str, str]:
 
     from gpuops.data.source import open as open_source
 
-    path = Path(sorted(globbing.glob(location))[0]) if globbing.has_magic(location) and "://" not in location else None
-    path = path or Path(location)
+    path = Path(location)
+    if globbing.has_magic(location) and "://" not in location:
+        matches = sorted(globbing.glob(location))
+        if not matches:
+            raise InputError(f"no file matches {location}: check the path, and quote it so that the shell leaves it")
+        path = Path(matches[0])
     if "://" in location or path.is_dir():
         arrays = {name: (v.dims, v.array.shape, v.array.dtype) for name, v in open_source(location).variables.items()}
     else:
@@ -114,6 +121,12 @@ def variables_of(location: str) -> dict[str, str]:
             f"{location} has no variable of numbers to ingest: write a recipe (`gpuops demo --recipe DIR`)"
         )
     axis = max(usable.values(), key=lambda v: int(np.prod(v[1])))[0][0]
+    if left_out := sorted(name for name, (dims, _) in usable.items() if dims[0] != axis):
+        _log.warning(
+            "left out, because they do not have the sample axis %r: %s (a store read in place may hold such variables)",
+            axis,
+            ", ".join(left_out),
+        )
     return {name: f"{location}#{name}" for name, (dims, _) in usable.items() if dims[0] == axis}
 
 

@@ -91,7 +91,9 @@ def choose(name: str, pack: Pack, low: float, high: float) -> Packing:
             lowest = 0 if unsigned else int(info.min) + 1
             missing = int(info.max) if unsigned else int(info.min)
             dtype: np.dtype[Any] = np.dtype(candidate).newbyteorder("<")
-            return Packing(dtype, scale, low - lowest * scale, missing, pack.tolerance)
+            # In the middle of what the dtype holds, so that what is appended may lie on either side.
+            first = lowest + (int(info.max) - int(info.min) - steps) // 2
+            return Packing(dtype, scale, low - first * scale, missing, pack.tolerance)
     raise InputError(
         f"{name}: {low:g} to {high:g} within {pack.tolerance:g} needs {steps:,} steps, more than "
         f"{pack.dtype or _TRIED[-1]} has: raise the tolerance, or leave pack out and store floats"
@@ -125,6 +127,9 @@ def apply(
         index = np.unravel_index(int(broken.argmax()), broken.shape)
         place = (int(index[0]) + first_record, *map(int, index[1:]))
         bounds = sorted(v * packing.scale + packing.offset for v in (low, high))
-        rule = f"pack within {packing.tolerance:g} ({packing.dtype.name} holds {bounds[0]:g} to {bounds[1]:g})"
+        rule = (
+            f"pack within {packing.tolerance:g} ({packing.dtype.name} holds {bounds[0]:g} to {bounds[1]:g}; "
+            "pack: {minimum, maximum} in a recipe makes room for what will be appended)"
+        )
         found.append(Violation(name, place, float(physical[index]), rule, int(broken.sum())))
     return stored, float(error[kept].max(initial=0.0)), found

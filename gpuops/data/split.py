@@ -194,7 +194,7 @@ def _near(source: Source, bound: BoundSample, held: Runs, gap: int | str) -> Run
 
 
 def _span(gap: str, values: npt.NDArray[Any]) -> Any:
-    found = _SPAN.fullmatch(gap)
+    found = _SPAN.fullmatch(str(gap))
     if found is None or (values.dtype.kind == "M") != (found[2] is not None):
         raise InputError(f"gap {gap!r}: give records as an int, a time as '10D', '6h' or '30min', or units as '0.5'")
     if found[2] is None:

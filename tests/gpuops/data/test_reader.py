@@ -326,6 +326,46 @@ def test_overlapping_windows_are_decoded_once(tmp_path: Path) -> None:
         assert reader.counters.decodes == 7 * 8 + 3
 
 
+@pytest.mark.parametrize("ids", [[-1], [3, 64], [10**9]])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_ids_that_do_not_exist_are_refused(tmp_path: Path, ids: list[int], chunk: int) -> None:
+    write_samples(tmp_path, chunk=chunk)
+    with reading(open(tmp_path, missing_chunks="fill"), WHOLE) as reader:
+        for _ in range(2):
+            with pytest.raises(InputError, match="there are 64, from 0"):
+                reader.read(np.array(ids))
+
+
+def test_a_batch_read_in_the_midst_of_an_iteration_waits_for_nobody(tmp_path: Path) -> None:
+    data = write_samples(tmp_path, chunk=16)
+    budget = (SLOT_BYTES + 16 * RECORD_BYTES) * 2
+    with reading(open(tmp_path), WHOLE, ahead=3, budget_bytes=budget, threads=1) as reader:
+        for _ in reader.iterate(everything(8, 8)):
+            for first in (0, 20, 56):
+                got = reader.read(np.arange(first, first + 8)).inputs["x"][:, 0]
+                np.testing.assert_array_equal(got, data[first : first + 8])
+
+
+def test_a_new_iteration_ends_the_one_before(tmp_path: Path) -> None:
+    data = write_samples(tmp_path, chunk=16)
+    budget = (SLOT_BYTES + 16 * RECORD_BYTES) * 2
+    with reading(open(tmp_path), WHOLE, budget_bytes=budget) as reader:
+        left = reader.iterate(everything(8, 8))
+        next(left)
+        for number, slot in enumerate(reader.iterate(everything(8, 8))):
+            np.testing.assert_array_equal(slot.inputs["x"][:, 0], data[8 * number : 8 * number + 8])
+        with pytest.raises(InputError, match="another iteration of this reader has begun"):
+            next(left)
+
+
+def test_a_forked_process_is_told_so(tmp_path: Path) -> None:
+    write_samples(tmp_path)
+    with reading(open(tmp_path), WHOLE) as reader:
+        reader._process -= 1  # what a fork makes of it, without the danger of one in a process with threads
+        with pytest.raises(InputError, match="does not survive a fork"):
+            reader.read(np.array([0]))
+
+
 def test_diagnosis_names_a_stage(store: Source) -> None:
     with reading(store, FORECAST) as reader:
         list(reader.iterate(everything(12, 8)))
