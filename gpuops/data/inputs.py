@@ -6,9 +6,9 @@ travels to other processes as the way to open it, never as an open file.
 
 from __future__ import annotations
 
-import logging
 import glob as globbing
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
