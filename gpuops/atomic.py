@@ -31,7 +31,7 @@ def new_directory(destination: Path, *, overwrite: bool) -> Iterator[Path]:
             os.replace(replaced, destination)  # killed between the two renames below
         _refuse_existing(destination, overwrite)
         for left in (*parent.glob(f".{name}.new-*"), replaced):
-            _remove_unless_locked(left)
+            remove_unless_locked(left)
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}.new-", dir=parent))
         temporary.chmod(0o755)
         alive = os.open(temporary, os.O_RDONLY)
@@ -65,7 +65,7 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_unless_locked(directory: Path) -> None:
+def remove_unless_locked(directory: Path) -> None:
     """Remove what a dead process left."""
     if not directory.exists():
         return

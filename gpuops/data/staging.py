@@ -25,7 +25,7 @@ from typing import Any
 import zarr.storage
 from zarr.abc.store import Store
 
-from gpuops.atomic import locked
+from gpuops.atomic import locked, remove_unless_locked
 from gpuops.data.icechunk_store import storage
 from gpuops.data.source import open as open_source
 from gpuops.errors import GpuopsError, InputError
@@ -283,16 +283,8 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what killed ingests of other recipes left for the same destination."""
     stem = folder.name.rpartition("-")[0]
     for other in folder.parent.glob(f"{stem}-*"):
-        if not other.is_dir():
-            continue
-        descriptor = os.open(other, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its process lives
-        finally:
-            os.close(descriptor)
+        if other.is_dir():
+            remove_unless_locked(other)
 
 
 def _link_chunks(source: str, target: str) -> None:
