@@ -23,7 +23,6 @@ from zarr.codecs import ShardingCodec
 
 from gpuops.data.codec import Chain, chain_v2, chain_v3, strip_crc32c
 from gpuops.data.transport import Span, Transport, open_transport
-from gpuops.data.transport import read_ranges as read_ranges
 from gpuops.errors import InputError, IntegrityError
 
 Coordinates = tuple[int, ...]

@@ -16,8 +16,9 @@ from zarr.core.sync import sync
 from gpuops.data.block import Block, Records, pieces
 from gpuops.data.quality import Violation, check, constant
 from gpuops.data.recipe import Recipe
-from gpuops.data.shard import ShardIndexes, layout, read_ranges
+from gpuops.data.shard import ShardIndexes, layout
 from gpuops.data.statistics import describe
+from gpuops.data.transport import read_ranges
 from gpuops.drift import Sketch
 from gpuops.errors import IntegrityError
 
