@@ -7,7 +7,8 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
         slot = reader.read(ids)
     finally:
         reader.close()
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         ready = graph.inputs.packed({name: torch.from_numpy(array) for name, array in slot.inputs.items()})
         answer = _call(graph.model, ready)
         by_name = answer if isinstance(answer, Mapping) else {graph.output_names[0]: answer}
@@ -135,6 +136,17 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
                 )
         outputs = {name: graph.targets.physical(name, by_name[name]).numpy() for name in graph.output_names}
     return Golden(wire_inputs(run.sample, slot), outputs), [int(i) for i in ids]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums whose order, and so whose last bit, does not depend on the number of cores or on OMP_NUM_THREADS."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
