@@ -24,6 +24,8 @@ from gpuops.errors import IntegrityError
 
 QUICK_READ_S, QUICK_BYTE_S = 50e-6, 0.5e-9
 """A read that takes no longer than so much, and so much a byte, was one from the page cache."""
+DISK_THREADS = 4
+"""Threads a core for files that come from a disk; from the page cache they would only stand in one another's way."""
 
 
 class Filler:
@@ -44,18 +46,17 @@ class Filler:
             transport.range if isinstance(transport, Files | NodeCache) else _never
         )
         self._decoders = _Workers(threads, "gpuops-decode")
+        self._patient = _Workers(DISK_THREADS * threads if isinstance(transport, Files) else 0, "gpuops-disk")
+        """Threads that decode what they have to wait for: while some wait for the disk, others have the cores."""
         self._fetchers = _Workers(0 if isinstance(transport, Files) else ahead, "gpuops-read")
         self._scratch = _Scratch()
         self._waiting = False
-        """Whether local files come from a disk: seen from how long reading took, because announcing costs as well."""
+        """Whether local files come from a disk, seen from how long reading took."""
 
     def start(self, plan: Plan, finish: Callable[[Counters, BaseException | None], None]) -> Future[Plan]:
         """Fill a slot; the future is done after `finish` has been called with what it cost and the first error."""
         job = _Job(plan, finish)
         if self._at_hand(plan):
-            if self._waiting and isinstance(self._transport, Files):
-                for reads in plan.reads:
-                    self._transport.announce(span for span in reads.spans if span[2] != 0)
             self._decode_all(job, None)
         else:
             self._fetchers.put(job, partial(self._fetch, job))
@@ -64,6 +65,7 @@ class Filler:
     def close(self) -> None:
         """Stop the threads; batches that are not filled fail."""
         self._fetchers.close()
+        self._patient.close()
         self._decoders.close()
 
     def _at_hand(self, plan: Plan) -> bool:
@@ -85,16 +87,21 @@ class Filler:
     def _decode_all(self, job: _Job, answers: list[Any] | None) -> None:
         """Spread the chunks over the threads, and wait for those that other batches decode."""
         shares, place = [], 0
+        from_disk = self._waiting and answers is None and isinstance(self._transport, Files)
+        workers, split = (self._patient, DISK_THREADS * self._threads) if from_disk else (self._decoders, self._threads)
         for reads in job.plan.reads:
             count = len(reads.outs)
             fetched = None if answers is None else answers[place : place + count]
-            shares += [partial(self._decode, job, reads, fetched, first) for first in range(min(self._threads, count))]
+            shares += [
+                partial(self._decode, job, reads, fetched, range(first, count, split))
+                for first in range(min(split, count))
+            ]
             place += count
         mine = set(map(id, job.plan.fresh))
         others = [chunk for chunk in job.plan.chunks.values() if id(chunk) not in mine]
         job.expect(len(shares) + len(others), lambda: self._cut_all(job))
         for share in shares:
-            self._decoders.put(job, share)
+            workers.put(job, share)
         for chunk in others:
             chunk.ready.add_done_callback(lambda ready: job.arrive(ready.exception()))
 
@@ -114,14 +121,13 @@ class Filler:
             job.costs.gather_s += time.perf_counter() - begin
         job.arrive(None)
 
-    def _decode(self, job: _Job, reads: Reads, fetched: list[Any] | None, first: int) -> None:
+    def _decode(self, job: _Job, reads: Reads, fetched: list[Any] | None, share: range) -> None:
         """Decode a thread's share of chunks, reading them where they were not fetched before."""
         clock, outs, shared = time.perf_counter, reads.outs, reads.shared
         read = self._reader_of(reads)
         decode = reads.layout.chain.decode
         read_s = decode_s = 0.0
         nbytes = filled = 0
-        share = range(first, len(outs), self._threads)
         decoded = clock()
         for i in share:
             begun = decoded

@@ -205,13 +205,6 @@ class Files:
             start, stop = max(file.nbytes + start, 0), None if stop is None else file.nbytes + stop
         return file, start, file.nbytes if stop is None else stop
 
-    def announce(self, spans: Iterable[Span]) -> None:
-        """Have the kernel begin to read ranges that will be asked for soon, where that is a disk's work."""
-        for span in spans:
-            if span[2] is not None and (found := self.range(span)) is not None:
-                file, start, stop = found
-                os.posix_fadvise(file.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-
     def fetch(self, spans: Sequence[Span]) -> list[Any]:
         """See Transport."""
         return [self._get(span) for span in spans]
