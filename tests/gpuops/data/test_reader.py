@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.core.sync import sync
 
+from gpuops.data import filler
 from gpuops.data.counters import Counters
 from gpuops.data.reader import Reader, wire_inputs
 from gpuops.data.sample import Field, SampleSpec, Window, bind
 from gpuops.data.source import Source, open
+from gpuops.data.transport import File
 from gpuops.errors import InputError, IntegrityError
 
 
@@ -237,7 +239,7 @@ def test_no_more_is_planned_than_asked_for(store: Source) -> None:
 
 
 def reader_threads() -> set[threading.Thread]:
-    return {t for t in threading.enumerate() if t.name.startswith(("gpuops-decode", "gpuops-read", "gpuops-plan"))}
+    return {t for t in threading.enumerate() if t.name.startswith("gpuops-")}
 
 
 def test_close_stops_the_threads(store: Source) -> None:
@@ -249,6 +251,27 @@ def test_close_stops_the_threads(store: Source) -> None:
     reader.close()
     assert not reader_threads() - before
     slots.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_what_comes_from_a_disk_is_read_by_more_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    data = write_samples(tmp_path, chunk=chunk)
+    monkeypatch.setattr(filler, "QUICK_READ_S", -1.0)  # from now on every read counts as one that waited
+    read_by: list[str] = []
+    read_into = File.read_into
+
+    def noted(*arguments: Any) -> None:
+        read_by.append(threading.current_thread().name.rpartition("_")[0])
+        read_into(*arguments)
+
+    monkeypatch.setattr(File, "read_into", noted)
+    with reading(open(tmp_path), WHOLE, threads=2, ahead=1) as reader:
+        for number, slot in enumerate(reader.iterate(everything(8, 8))):
+            np.testing.assert_array_equal(slot.inputs["x"][:, 0], data[8 * number : 8 * number + 8])
+        assert reader.counters.decodes == reader.counters.distinct_chunks == -(-64 // chunk)
+    assert set(read_by) >= {"gpuops-decode", "gpuops-disk"}, "the first batch tells what the later ones need"
 
 
 def test_an_abandoned_iteration_does_not_disturb_the_next(store: Source) -> None:
