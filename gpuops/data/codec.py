@@ -179,4 +179,4 @@ def _blosc(data: Any, out: Bytes | None = None) -> Any:
     size, _, encoded = struct.unpack_from("<iii", view, 4)
     if encoded != len(view) or (out is not None and size != out.nbytes):
         raise ValueError(f"a blosc frame of {encoded} bytes that makes {size}, in {len(view)}")
-    return numcodecs.Blosc().decode(data, out)
+    return numcodecs.blosc.decompress(data, out)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -99,6 +99,7 @@ class Reader:
         )
         self._plans = ThreadPoolExecutor(1, "gpuops-plan")
         self._process = os.getpid()
+        self._closed = False
         self._ids = (sample.records - sample.length + 1) * sample.starts
 
     @property
@@ -111,6 +112,7 @@ class Reader:
 
     def close(self) -> None:
         """Stop the threads; batches not yet delivered are dropped."""
+        self._closed = True
         self._memory.close()
         self._aside.close()
         self._plans.shutdown(cancel_futures=True)
@@ -133,12 +135,13 @@ class Reader:
             while True:
                 if pending is not self._pending:
                     raise InputError("another iteration of this reader has begun: make a reader for each of them")
+                self._refuse_closed()
                 while len(pending) <= self.ahead and (batch := next(remaining, None)) is not None:
                     pending.append(self._plans.submit(self._start, *batch))
                 if not pending:
                     return
                 asked = time.perf_counter()
-                plan = pending[0].result().result()
+                plan = self._delivered(pending[0])
                 pending.popleft()
                 self._memory.release(plan.slot.nbytes)
                 now = time.perf_counter()
@@ -155,13 +158,31 @@ class Reader:
         """One batch, now.
 
         Raises:
+            InputError: an id that does not exist, or a reader that was closed.
             IntegrityError: a chunk is missing or fails its checksum; the message names variable, shard and samples.
         """
+        self._refuse_closed()
         plan = self._plan(ids, np.ones(len(ids), bool) if valid is None else valid, self._aside, wait=False)
         filled = self._fill(plan, self._aside)
         # Given back by the batch itself, so that an interrupt here loses nothing.
         filled.add_done_callback(partial(self._release, self._aside))
-        return filled.result().slot
+        try:
+            return filled.result().slot
+        except CancelledError:
+            self._refuse_closed()
+            raise
+
+    def _delivered(self, started: Future[Future[Plan]]) -> Plan:
+        """A batch once it is filled."""
+        try:
+            return started.result().result()
+        except CancelledError:
+            self._refuse_closed()
+            raise
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise InputError("this reader was closed: make a new one")
 
     def _start(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Future[Plan]:
         return self._fill(self._plan(ids, valid, self._memory, wait=True), self._memory)

@@ -253,6 +253,16 @@ def test_close_stops_the_threads(store: Source) -> None:
     slots.close()  # type: ignore[attr-defined]
 
 
+def test_a_closed_reader_says_so(store: Source) -> None:
+    reader = Reader(store, bind(FORECAST, store))
+    slots = reader.iterate(everything(12, 8))
+    next(slots)
+    reader.close()
+    for again in (lambda: next(slots), lambda: next(iter(reader.iterate(everything(3, 8)))), lambda: reader.read([0])):
+        with pytest.raises(InputError, match="closed: make a new one"):
+            again()
+
+
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_what_comes_from_a_disk_is_read_by_more_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
