@@ -10,7 +10,7 @@ import numpy as np
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, Cut
 from gpuops.data.source import Source
-from gpuops.data.statistics import SURVEYED, mean_std, rows_of
+from gpuops.data.statistics import mean_std, summary
 from gpuops.errors import InputError
 from gpuops.preprocess.steps import Clip, Fill, Normalize, Part, Preprocess, Step, Unpack
 from gpuops.spec import DTYPES
@@ -42,18 +42,13 @@ def missing_targets(source: Source, bound: BoundSample, records: Runs) -> list[s
             continue
         if variable.missing is None and variable.array.dtype.kind != "f":
             continue
-        rows = rows_of(source, cut, records[:] if source.meta("stats", variable.name) else _spread(records, LOOKED_AT))
+        rows, seen = summary(source, cut, records, LOOKED_AT)
         whole = math.prod(variable.array.shape[1:])
         if cut.channels is not None:
             whole = whole // variable.array.shape[1] * len(cut.channels)
-        if rows[..., 0].sum() < len(rows) * whole:
+        if rows[:, 0].sum() < seen * whole:
             found.append(variable.name)
     return list(dict.fromkeys(found))
-
-
-def _spread(records: Runs, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Up to `count` of the records, evenly spaced."""
-    return records[np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).astype(np.int64))]
 
 
 def _part(source: Source, cut: Cut, records: Runs, fill: bool) -> Part:
@@ -66,8 +61,7 @@ def _part(source: Source, cut: Cut, records: Runs, fill: bool) -> Part:
             f"{variable.name!r} is stored as {dtype}, which no kernel reads: store it as one of {', '.join(DTYPES)}, "
             "or declare the field raw"
         )
-    surveyed = source.meta("stats", variable.name) is None
-    mean, std = mean_std(source, cut, _spread(records, SURVEYED) if surveyed else records[:])
+    mean, std = mean_std(source, cut, records)
     steps: list[Step] = [Unpack(variable.scale, variable.offset, variable.missing)]
     declared = field.fill if field.fill is not None else variable.fill
     if declared is None and fill and (variable.missing is not None or variable.array.dtype.kind == "f"):

@@ -8,19 +8,26 @@ variances", 1979.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.sample import Cut, Ids
+from gpuops.data.runs import Runs
+from gpuops.data.sample import Cut
 from gpuops.data.source import Source
 from gpuops.errors import InputError
+
+if TYPE_CHECKING:
+    import zarr
 
 COLUMNS = ("count", "mean", "m2", "min", "max")
 """Columns of a row of statistics."""
 SURVEYED = 512
 """Records read for statistics when a store brings none."""
+BLOCK_ROWS = 2**18
+"""Most rows of recorded statistics held at one time."""
 
 Rows = npt.NDArray[np.float64]
 """float64 [..., 5]."""
@@ -68,7 +75,7 @@ def merge(rows: Rows) -> Rows:
     return np.stack([total, center, spread, low, high], axis=-1)
 
 
-def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_std(source: Source, cut: Cut, records: Runs) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Physical mean and standard deviation of a field over the given records: one pair, or one a channel.
 
     Statistics of a window's dimension are merged, because a window visits all of it. A store without statistics
@@ -78,7 +85,7 @@ def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...],
         InputError: the field has no data in these records.
     """
     variable = cut.variable
-    merged = merge(rows_of(source, cut, records))
+    merged, _ = summary(source, cut, records, SURVEYED)
     if cut.along == "inside" or cut.shape[0] % len(merged):
         merged = merge(merged)[None]
     elif len(merged) > 1:
@@ -91,27 +98,40 @@ def mean_std(source: Source, cut: Cut, records: Ids) -> tuple[tuple[float, ...],
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(m2 / count)))
 
 
-def rows_of(source: Source, cut: Cut, records: Ids) -> Rows:
-    """Statistics of a field's stored data in the given records, [records, channels, 5].
+def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows, int]:
+    """Statistics of a field's stored data over the given records, and how many records they come from.
 
-    What ingest recorded, or what is found by reading the records. A static field has one row.
+    What ingest recorded for all of them, a bounded number of rows at a time, or what is found by reading a few.
 
     Args:
         source: an opened source.
-        cut: the field; the channels that it takes are looked at, where statistics know channels.
-        records: records; where nothing is recorded, `SURVEYED` of them, evenly spaced.
+        cut: the field; the channels that it takes are looked at, where statistics know channels. A static field is
+            one record.
+        records: records.
+        survey: most records read where nothing is recorded, evenly spaced.
+
+    Returns:
+        One row a channel, [channels, 5], and the number of records.
     """
     variable = cut.variable
-    channels = None if cut.channels is None else list(cut.channels)
+    channels = ... if cut.channels is None else list(cut.channels)
     packing = variable.scale, variable.offset, variable.missing
     if cut.static:
-        return describe(np.asarray(variable.array[...])[None], *packing)
+        return describe(np.asarray(variable.array[...])[None], *packing)[0], 1
     recorded = source.meta("stats", variable.name)
     if recorded is not None:
-        rows: Rows = np.asarray(recorded[:])[records]
-        return rows if channels is None or rows.shape[1] == 1 else rows[:, channels]
-    chosen = records[np.unique(np.linspace(0, len(records) - 1, min(SURVEYED, len(records))).astype(np.int64))]
-    stored = (np.asarray(variable.array[int(record)]) for record in chosen)
-    return np.concatenate(
-        [describe((record if channels is None else record[channels])[None], *packing) for record in stored]
-    )
+        taken = channels if recorded.shape[1] > 1 else ...
+        blocks = [merge(rows)[taken] for rows in _blocks(recorded, records)]
+        return blocks[0] if len(blocks) == 1 else merge(np.stack(blocks)), len(records)
+    chosen = records[np.unique(np.linspace(0, len(records) - 1, min(survey, len(records))).astype(np.int64))]
+    stored = (np.asarray(variable.array[int(record)])[channels][None] for record in chosen)
+    return merge(np.concatenate([describe(record, *packing) for record in stored])), len(chosen)
+
+
+def _blocks(recorded: zarr.Array[Any], records: Runs) -> Iterator[Rows]:
+    """Recorded rows of some records, from at most `BLOCK_ROWS` of all records at a time."""
+    for first in range(0, recorded.shape[0], BLOCK_ROWS):
+        numbers = np.arange(first, min(first + BLOCK_ROWS, recorded.shape[0]))
+        inside = records.contains(numbers)
+        if inside.any():
+            yield np.asarray(recorded[first : first + len(numbers)])[inside]

@@ -10,9 +10,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuops.data.runs import Runs
 from gpuops.data.sample import Field, SampleSpec, Window, bind
 from gpuops.data.source import Source, open
-from gpuops.data.statistics import SURVEYED, channels_of, describe, mean_std, merge
+from gpuops.data.statistics import SURVEYED, channels_of, describe, mean_std, merge, summary
 from gpuops.errors import InputError
 
 
@@ -109,7 +110,11 @@ def source_of(path: Path, **arrays: tuple[npt.NDArray[Any], str]) -> Source:
 
 def field_statistics(source: Source, field: Field, window: Window | None, records: Any) -> tuple[Any, Any]:
     (cut,) = bind(SampleSpec({"x": [field]}, {}, window), source).inputs["x"]
-    return mean_std(source, cut, np.asarray(records))
+    return mean_std(source, cut, runs(records))
+
+
+def runs(records: Any) -> Runs:
+    return Runs.of(np.asarray(records), np.asarray(records) + 1)
 
 
 def test_one_pair_a_channel_in_channel_order(tmp_path: Path) -> None:
@@ -142,6 +147,16 @@ def test_recorded_statistics_of_chosen_records_alone(store: Source, atlas: Any) 
     heights = physical(atlas.heights[records], 28.0, -450.0, 255)
     close(mean, [np.nanmean(heights)])
     close(std, [np.nanstd(heights)])
+
+
+def test_recorded_statistics_are_merged_block_by_block(
+    store: Source, atlas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpuops.data.statistics.BLOCK_ROWS", 5)
+    test_recorded_statistics_of_chosen_records_alone(store, atlas)
+    (cut,) = bind(SampleSpec({"x": [Field("altitude")]}, {}), store).inputs["x"]
+    _, seen = summary(store, cut, runs([1, 7, 20]), 1)
+    assert seen == 3
 
 
 def test_a_foreign_store_is_surveyed_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
