@@ -93,6 +93,16 @@ class Runs:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return self[:].astype(dtype or np.int64, copy=False)
 
+    def to_json(self) -> list[list[int]]:
+        """[start, stop] of each run."""
+        return [list(run) for run in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
+
+    @classmethod
+    def from_json(cls, document: list[list[int]]) -> Runs:
+        """Inverse of `to_json`."""
+        edges = np.array(document, np.int64).reshape(-1, 2)
+        return cls.joined(edges[:, 0], edges[:, 1])
+
     def tolist(self) -> list[int]:
         """All numbers as a list."""
         return list(self)

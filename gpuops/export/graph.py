@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gpuops.bundle import Golden, file_sha256
 from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source, open
 from gpuops.errors import InputError, IntegrityError
@@ -114,7 +115,7 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
 
     The answers come from the slot that training reads and from `packed`, not from the served graph's `forward`.
     """
-    held = np.array(run.record["data"]["held_out_records"] or range(run.sample.records), np.int64)
+    held = Runs.from_json(run.record["data"]["held_out_records"] or [[0, run.sample.records]])[:]
     ids = run.sample.samples(held)
     ids = ids[np.unique(np.linspace(0, len(ids) - 1, GOLDEN_SAMPLES).astype(np.int64))]
     reader = Reader(run.source, run.sample)
@@ -122,7 +123,7 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
         slot = reader.read(ids)
     finally:
         reader.close()
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), one_thread():
         ready = graph.inputs.packed({name: torch.from_numpy(array) for name, array in slot.inputs.items()})
         answer = _call(graph.model, ready)
         by_name = answer if isinstance(answer, Mapping) else {graph.output_names[0]: answer}
@@ -139,7 +140,7 @@ def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums whose order, and so whose last bit, does not depend on the number of cores or on OMP_NUM_THREADS."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from gpuops.bundle import Bundle
 from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source, open
 from gpuops.export.formats import runner
@@ -117,7 +118,7 @@ def held_out_map(record: Mapping[str, Any], bundle: Bundle) -> tuple[str, str] |
 
 def _group(record: Mapping[str, Any], source: Source) -> tuple[npt.NDArray[np.int64], str]:
     """The held-out group with the most varied target, or the first few held-out records."""
-    held = np.array(record["data"]["held_out_records"] or [0], np.int64)
+    held = Runs.from_json(record["data"]["held_out_records"] or [[0, 1]])[:]
     by = record["data"]["held_out_by"]
     target = next(iter(record["sample"]["targets"].values()))[0]["variable"]
     rows = source.meta("stats", target)

@@ -175,7 +175,7 @@ def _data_record(trainer: Trainer) -> dict[str, Any]:
             "snapshot": data.source.snapshot,
             "fingerprint": data.source.fingerprint,
             "train_records": len(data.train_records),
-            "held_out_records": data.val_records.tolist(),
+            "held_out_records": data.val_records.to_json(),
             "held_out_by": None if data.holdout is None else data.holdout.by,
         },
         "sample": data.sample.to_json(),

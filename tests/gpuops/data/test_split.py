@@ -1,5 +1,6 @@
 """Runs as sets and sequences against plain sets; splits that share no record and keep their gap."""
 
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ def test_runs_are_sets(a: set[int], b: set[int], steps: int, length: int, factor
     one, other = runs(a), runs(b)
     assert one.tolist() == one[:].tolist() == np.asarray(one).tolist() == sorted(a)
     assert len(one) == len(a)
+    assert Runs.from_json(json.loads(json.dumps(one.to_json()))).tolist() == sorted(a)
     assert one.contains(np.arange(SIZE)).tolist() == [n in a for n in range(SIZE)]
     assert (one | other).tolist() == sorted(a | b)
     assert (one & other).tolist() == sorted(a & b)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpuops.data.runs import Runs
 from gpuops.lineage.ledger import Ledger
 from gpuops.lineage.version import run_id
 from tests.conftest import DEMO, Job, run_cli, run_torchrun, training_arguments
@@ -22,7 +23,7 @@ def test_a_run_on_two_ranks_is_one_run(trained: Job) -> None:
     assert run["status"] == "finished"
     assert run["world_size"] == 2
     assert run["epochs"] == 1
-    held_out, records = len(run["data"]["held_out_records"]), 32
+    held_out, records = len(Runs.from_json(run["data"]["held_out_records"])), 32
     batches = (records - held_out) * 12 // 32
     assert run["samples_seen"] == batches * 32
     assert [rank["samples"] > 0 for rank in run["reading"]] == [True, True]
@@ -49,7 +50,7 @@ def test_baselines_equal_numpys(trained: Job) -> None:
 
     import gpuops as go
 
-    held = record(trained)["data"]["held_out_records"]
+    held = Runs.from_json(record(trained)["data"]["held_out_records"])
     field = np.asarray(go.open(trained.store).variables["turbidity"].array[:])[held] * 0.05
     past, last, truth = (np.roll(field, -k, axis=1) for k in (4, 5, 6))
     metrics = record(trained)["metrics"]
