@@ -17,6 +17,7 @@ from gpuops.data.counters import Counters
 from gpuops.data.loader import ZarrLoader, pinned
 from gpuops.data.node_cache import CacheLocation
 from gpuops.data.order import Lanes, Order, Strata
+from gpuops.data.patches import Patch as Patch
 from gpuops.data.prepare import freeze, missing_targets
 from gpuops.data.reader import Reader
 from gpuops.data.runs import Runs
@@ -61,6 +62,7 @@ class ZarrDataModule(LightningDataModule):
         missing_chunks: Literal["error", "fill"] = "error",
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
+        patch: Patch | None = None,
     ) -> None:
         """Declare what a sample is.
 
@@ -87,11 +89,12 @@ class ZarrDataModule(LightningDataModule):
             cache_dir: a directory on a disk of the node, or under /dev/shm, that keeps what its ranks fetched from an
                 object store or an Icechunk repository, for later epochs and runs; None keeps nothing.
             cache_gb: most gigabytes (10^9 bytes) kept there, over all data sets.
+            patch: the patches, if samples are parts of records.
         """
         super().__init__()
         self.url, self.snapshot, self.holdout, self.test = url, snapshot, holdout, test
         self.train, self.gap, self.sampling, self.missing_chunks = train, gap, sampling, missing_chunks
-        self.sample = SampleSpec(inputs, targets, window)
+        self.sample = SampleSpec(inputs, targets, window, patch)
         self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
         self.dtype = _dtype(dtype)
         self._cache = None if cache_dir is None else CacheLocation(cache_dir, int(cache_gb * 1e9))
@@ -294,18 +297,22 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _lanes(bound: BoundSample, global_batch: int) -> Lanes | None:
-    """Lanes for the variable with the largest records, if its chunks hold several; a function of store and batch."""
-    arrays = [
-        cut.variable.array
-        for side in (bound.inputs, bound.targets)
-        for cuts in side.values()
-        for cut in cuts
-        if cut.records
-    ]
-    array = max(arrays, key=lambda a: math.prod(a.shape[1:]) * a.dtype.itemsize)
+    """Lanes for the variable with the largest records, if its chunks hold several samples.
+
+    A function of store and batch. Patches of a record are neighbours in the numbering, so that a block is what the
+    chunks of some records hold.
+    """
+    cuts = [cut for side in (bound.inputs, bound.targets) for cuts in side.values() for cut in cuts if cut.records]
+    cut = max(cuts, key=lambda c: math.prod(c.variable.array.shape[1:]) * c.variable.array.dtype.itemsize)
+    array = cut.variable.array
     records = min(array.chunks[0], bound.records)
-    if records == 1:
+    axes = () if cut.patch is None else cut.patch.axes
+    patches = any(
+        min(chunk, axis.length) >= axis.size + axis.stride
+        for chunk, axis in zip(array.chunks[array.ndim - len(axes) :], axes, strict=True)
+    )
+    if records == 1 and not patches:
         return None
     count = math.gcd(global_batch, LANES)
     chunk_bytes = records * math.prod(array.shape[1:]) * array.dtype.itemsize
-    return Lanes(count, min(max(LANE_BYTES // (count * chunk_bytes), 1), 4), records * bound.starts)
+    return Lanes(count, min(max(LANE_BYTES // (count * chunk_bytes), 1), 4), records * bound.per_record)

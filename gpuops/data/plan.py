@@ -1,7 +1,8 @@
 """What one batch needs: which inner chunks, where each is decoded to, and what is cut out of them afterwards.
 
 An inner chunk that is one record, wanted once in the batch, is decoded where the record belongs in the slot. Any other
-is decoded once into memory of its own, and the samples are cut out of it.
+is decoded once into memory of its own, and the samples are cut out of it. Of a variable that is cut into patches only
+the inner chunks are decoded that the batch's patches and their halos intersect.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuops.data.memory import Allocate, Chunk, Key, Memory, Pool
+from gpuops.data.patches import Boxes, chunks_of, intersects, read_box
 from gpuops.data.sample import BoundSample, Cut, Ids
 from gpuops.data.shard import Coordinates, Layout, ShardIndexes, Spans
 
@@ -89,6 +91,8 @@ class Gather:
     """Starts inside the record, [n]."""
     offsets: Ids
     """Byte in the slot where each record begins if it is taken whole, [n, steps]."""
+    boxes: Boxes | None
+    """What is taken of each record if it is cut into patches."""
 
 
 @dataclass(slots=True)
@@ -139,8 +143,12 @@ class Planner:
         }
         self._pool = Pool(allocate)
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any], int, int]]] = {}
-        whole = {
-            (cut.variable.name, cut.along, cut.channels, np.result_type(*(c.variable.array.dtype for c in cuts)))
+        parts = {
+            (
+                cut.variable.name,
+                cut.along == "inside" or cut.channels is not None or cut.patch is not None,
+                np.result_type(*(c.variable.array.dtype for c in cuts)),
+            )
             for cuts in self._tensors
             for cut in cuts
             if cut.records
@@ -148,9 +156,7 @@ class Planner:
         self._in_place = {
             name: place.record_is_chunk
             and all(
-                along != "inside" and channels is None and dtype == place.array.dtype
-                for variable, along, channels, dtype in whole
-                if variable == name
+                not partial and dtype == place.array.dtype for variable, partial, dtype in parts if variable == name
             )
             for name, place in layouts.items()
         }
@@ -177,7 +183,7 @@ class Planner:
                 if self._in_place[name] and len(set(records.tolist())) == len(records):
                     self._plan_in_place(plan, name, records)
                 else:
-                    self._plan_shared(plan, name, np.unique(records), memory)
+                    self._plan_shared(plan, name, self._needed(name, fields, records), memory)
         except BaseException as error:
             give_up(plan, memory, error)
             raise
@@ -186,6 +192,7 @@ class Planner:
     def _slot(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Plan:
         """An empty slot, its constants filled in, and the fields that its variables' records go to."""
         record, start = self._sample.split_id(ids)
+        patch = self._sample.patch_of(ids)
         form = self._forms.get(len(ids)) or self._forms.setdefault(len(ids), self._form(len(ids)))
         buffer = self._pool.take(form[-1][2])
         arrays = [buffer[base:stop].view(dtype).reshape(shape) for shape, dtype, base, stop in form[:-1]]
@@ -196,9 +203,12 @@ class Planner:
             first = 0
             for cut in cuts:
                 out = array[:, first : first + cut.shape[0]]
+                boxes = None if cut.patch is None else cut.patch.boxes(patch)
                 if cut.records:
-                    gather = _gather(cut, out, record, start, base + first * array.strides[1])
+                    gather = _gather(cut, out, record, start, base + first * array.strides[1], boxes)
                     plan.fields.setdefault(cut.variable.name, []).append(gather)
+                elif boxes is not None:
+                    _place_constant(cut, self._constants[cut.variable.name], boxes, out)
                 else:
                     values = self._constants[cut.variable.name]
                     origin = record if cut.along == "samples" else start
@@ -219,8 +229,11 @@ class Planner:
 
     def samples_of(self, plan: Plan, variable: str, chunk: Coordinates) -> list[int]:
         """Ids of the batch's samples that need a chunk."""
-        size = self._layouts[variable].chunk[0]
-        needed = [(gather.records // size == chunk[0]).any(axis=1) for gather in plan.fields[variable]]
+        size = self._layouts[variable].chunk
+        needed = []
+        for gather in plan.fields[variable]:
+            found = (gather.records // size[0] == chunk[0]).any(axis=1)
+            needed.append(found if gather.boxes is None else found & intersects(gather.boxes, chunk, size))
         return [int(i) for i in plan.slot.ids[np.logical_or.reduce(needed)]]
 
     def cut_out(self, plan: Plan, rows: range) -> None:
@@ -231,13 +244,20 @@ class Planner:
             size = cut.shape[0] // gather.records.shape[1]
             for row in rows:
                 for step, record in enumerate(gather.records[row].tolist()):
-                    values = _record(plan, place, cut.variable.name, record)
+                    if gather.boxes is None:
+                        values = _record(plan, place, cut.variable.name, record)
+                    else:
+                        values = read_box(plan.chunks, cut.variable.name, place.chunk, record, _box(gather, place, row))
                     if positions is not None:
                         values = values[positions[row]]
                     elif cut.channels is not None:
                         values = values[list(cut.channels)]
                     into = gather.out[row, step * size : (step + 1) * size]
-                    into[...] = values.reshape(into.shape)
+                    if cut.patch is None or gather.boxes is None:
+                        into[...] = values.reshape(into.shape)
+                    else:
+                        whole = into.reshape(*values.shape[: -len(cut.patch.axes)], *cut.patch.shape)
+                        cut.patch.place(values, gather.boxes.before[row].tolist(), whole)
 
     def _plan_in_place(self, plan: Plan, name: str, records: Ids) -> None:
         """Every chunk is one record that is wanted once: decode it in the slot."""
@@ -250,12 +270,21 @@ class Planner:
         plan.reads.append(Reads(name, place, chunks, self._indexes[name].find(chunks), outs, None))
         plan.distinct += self._count_distinct(name, chunks)
 
-    def _plan_shared(self, plan: Plan, name: str, records: Ids, memory: Memory) -> None:
+    def _needed(self, name: str, fields: list[Gather], records: Ids) -> npt.NDArray[np.int64]:
+        """Grid positions of the chunks that some fields of one variable are cut from, each once, [m, axes]."""
+        place, counts = self._layouts[name], self._grids[name]
+        if all(gather.boxes is None for gather in fields):
+            axes = np.meshgrid(np.unique(records // place.chunk[0]), *map(np.arange, counts[1:]), indexing="ij")
+            return np.stack(axes, axis=-1).reshape(-1, place.array.ndim).astype(np.int64)
+        found: set[tuple[int, ...]] = set()
+        for gather in fields:
+            if gather.boxes is not None:
+                found.update(chunks_of(gather.boxes, gather.records, place.chunk, counts))
+        return np.array(sorted(found), np.int64).reshape(-1, place.array.ndim)
+
+    def _plan_shared(self, plan: Plan, name: str, grid: npt.NDArray[np.int64], memory: Memory) -> None:
         """Decode each chunk once to memory of its own, unless an earlier batch did."""
         place = self._layouts[name]
-        first = np.unique(records // place.chunk[0])
-        axes = np.meshgrid(first, *map(np.arange, self._grids[name][1:]), indexing="ij")
-        grid = np.stack(axes, axis=-1).reshape(-1, place.array.ndim).astype(np.int64)
         keys: list[Key] = [(name, tuple(chunk)) for chunk in grid.tolist()]
         chunks, fresh = memory.share(keys, place.chunk, place.array.dtype)
         plan.gathers += plan.fields[name]
@@ -292,12 +321,28 @@ def _grid(place: Layout) -> tuple[int, ...]:
     return tuple(-(-size // chunk) for size, chunk in zip(place.array.shape, place.chunk, strict=True))
 
 
-def _gather(cut: Cut, out: npt.NDArray[Any], record: Ids, start: Ids, base: int) -> Gather:
+def _gather(cut: Cut, out: npt.NDArray[Any], record: Ids, start: Ids, base: int, boxes: Boxes | None) -> Gather:
     records = cut.positions(record) if cut.along == "samples" else record[:, None]
     count, steps = records.shape
     step_bytes = out.strides[1] * (cut.shape[0] // steps)
     offsets = base + np.arange(count)[:, None] * out.strides[0] + np.arange(steps) * step_bytes
-    return Gather(cut, out, records, start, offsets)
+    return Gather(cut, out, records, start, offsets, boxes)
+
+
+def _place_constant(cut: Cut, values: npt.NDArray[Any], boxes: Boxes, out: npt.NDArray[Any]) -> None:
+    """Cut the patches of a static field, [n, *cut.shape]."""
+    assert cut.patch is not None
+    lead = values.shape[: -len(cut.patch.axes)]
+    for row, (low, high) in enumerate(zip(boxes.low.tolist(), boxes.high.tolist(), strict=True)):
+        box: tuple[Any, ...] = (..., *map(slice, low, high))
+        cut.patch.place(values[box], boxes.before[row].tolist(), out[row].reshape(*lead, *cut.patch.shape))
+
+
+def _box(gather: Gather, place: Layout, row: int) -> list[tuple[int, int]]:
+    """What one sample takes of its records, [low, high) along each axis behind the first."""
+    assert gather.boxes is not None
+    low, high = gather.boxes.low[row].tolist(), gather.boxes.high[row].tolist()
+    return [(0, size) for size in place.array.shape[1 : -len(low)]] + list(zip(low, high, strict=True))
 
 
 def _record(plan: Plan, place: Layout, name: str, record: int) -> npt.NDArray[Any]:

@@ -100,7 +100,7 @@ class Reader:
         self._plans = ThreadPoolExecutor(1, "gpuops-plan")
         self._process = os.getpid()
         self._closed = False
-        self._ids = (sample.records - sample.length + 1) * sample.starts
+        self._ids = (sample.records - sample.length + 1) * sample.per_record
 
     @property
     def counters(self) -> Counters:

@@ -1,15 +1,16 @@
-"""What a training sample is: which variables, which steps of a window, as which tensors."""
+"""What a training sample is: which variables, which steps of a window, which patch, as which tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpuops.data.patches import Patch, PatchCut, PatchGrid, beyond, patch_grid
 from gpuops.data.source import Source, Variable
 from gpuops.errors import InputError
 from gpuops.spec import TensorSpec
@@ -73,10 +74,12 @@ class Cut:
     """[channels, *spatial] of one sample: channels are steps x axis 1 x further axes before the spatial ones."""
     channels: tuple[int, ...] | None = None
     """Positions taken along axis 1 of the stored array, in order; None takes all."""
+    patch: PatchCut | None = None
+    """How its last axes are cut into patches; None takes them whole."""
 
     @property
     def static(self) -> bool:
-        """Whether the whole array is part of every sample (a land-sea mask)."""
+        """Whether the array belongs to every record, whole or by patches (a land-sea mask)."""
         return not self.records and self.along is None
 
     @property
@@ -106,6 +109,8 @@ class SampleSpec:
     """Tensors that it is to predict."""
     window: Window | None = None
     """The moving window, if samples are windows."""
+    patch: Patch | None = None
+    """The patches, if samples are parts of records."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window.length < 1:
@@ -131,6 +136,8 @@ class SampleSpec:
             for field in (field for fields in side.values() for field in fields):
                 if field["channels"] is None:  # so that a sample keeps its digest from before there were channels
                     del field["channels"]
+        if self.patch is None:  # likewise
+            del document["patch"]
         return document
 
     @classmethod
@@ -140,9 +147,10 @@ class SampleSpec:
         def tensors(side: Mapping[str, Any]) -> dict[str, list[Field]]:
             return {name: [_field_from_json(field) for field in fields] for name, fields in side.items()}
 
-        window = document["window"]
+        window, patch = document["window"], document.get("patch")
         moving = None if window is None else Window(**window)
-        return cls(tensors(document["inputs"]), tensors(document["targets"]), moving)
+        cut = None if patch is None else Patch(**patch)
+        return cls(tensors(document["inputs"]), tensors(document["targets"]), moving, cut)
 
 
 def _field_from_json(document: Mapping[str, Any]) -> Field:
@@ -172,15 +180,30 @@ class BoundSample:
     """Records that a sample reads, counted from its first one."""
     absent: Ids
     """Records that the source declares to hold no data, sorted."""
+    grid: PatchGrid | None = None
+    """The patches of a record; None if samples are whole records."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of a record, 1 without a grid."""
+        return 1 if self.grid is None else self.grid.count
+
+    @property
+    def per_record(self) -> int:
+        """Samples that begin in one record, next to each other in the numbering."""
+        return self.starts * self.patches
 
     def samples(self, records: Ids) -> Ids:
-        """Ids of the samples that lie wholly inside `records` and read no absent one: id = record * starts + start."""
+        """Ids of the samples that lie wholly inside `records` and read no absent one.
+
+        id = (record * starts + start) * patches + patch.
+        """
         first = self._first(records)
         return self._ids(first[~self._reads_absent(first)])
 
     def left_out(self, records: Ids) -> int:
         """How many samples inside `records` are left out because they read an absent one."""
-        return int(self._reads_absent(self._first(records)).sum()) * self.starts
+        return int(self._reads_absent(self._first(records)).sum()) * self.per_record
 
     def _first(self, records: Ids) -> Ids:
         """First records of the samples that lie wholly inside `records`."""
@@ -201,23 +224,27 @@ class BoundSample:
         return first[first >= 0]
 
     def _ids(self, first: Ids) -> Ids:
-        return (first[:, None] * self.starts + np.arange(self.starts)).ravel()
+        return (first[:, None] * self.per_record + np.arange(self.per_record)).ravel()
 
     def split_id(self, ids: Ids) -> tuple[Ids, Ids]:
         """(record, start) of sample ids."""
-        record, start = np.divmod(ids, self.starts)
+        record, start = np.divmod(ids // self.patches, self.starts)
         return record, start
+
+    def patch_of(self, ids: Ids) -> Ids:
+        """Patch of sample ids, counted from 0 in their record."""
+        return ids % self.patches
 
 
 def bind(spec: SampleSpec, source: Source) -> BoundSample:
     """Join a declared sample to a source.
 
-    A variable without the sample axis, all of whose dimensions are inner ones of the others, is static: the whole of
-    it is part of every sample.
+    A variable without the sample axis, all of whose dimensions are inner ones of the others, is static: it is part of
+    every sample. A patch is cut along those of its dimensions that a variable has; without any it is taken whole.
 
     Raises:
-        InputError: a variable, channel or dimension that is not there, arrays whose sample axes differ, or a window
-            that does not fit.
+        InputError: a variable, channel or dimension that is not there, arrays whose sample axes differ, or a window,
+            patch or halo that does not fit.
     """
     window = spec.window
     variables = [source.resolve(field.variable)[0] for field in spec.fields()]
@@ -240,12 +267,19 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
     if along_samples and window is not None and window.cyclic:
         raise InputError("a window along the sample axis cannot be cyclic: its ends are not neighbours")
 
-    def cut_all(side: Tensors) -> dict[str, tuple[Cut, ...]]:
-        return {
-            name: tuple(_cut(source, field, window, sample_dim) for field in fields) for name, fields in side.items()
-        }
+    grid = None
+    if spec.patch is not None:
+        lengths = {dim: {_sizes(v)[dim] for v in variables if dim in v.dims} for dim in dims}
+        fixed = {} if window is None else {window.dim: "the window's dimension"}
+        grid = patch_grid(spec.patch, lengths, fixed | {sample_dim: "the sample axis"})
 
-    inputs, targets = cut_all(spec.inputs), cut_all(spec.targets)
+    def cut_all(side: Tensors, halo: bool) -> dict[str, tuple[Cut, ...]]:
+        cuts = {name: [_cut(source, field, window, sample_dim) for field in fields] for name, fields in side.items()}
+        if grid is None:
+            return {name: tuple(fields) for name, fields in cuts.items()}
+        return {name: _patched(name, fields, grid, halo) for name, fields in cuts.items()}
+
+    inputs, targets = cut_all(spec.inputs, True), cut_all(spec.targets, False)
     cuts = [cut for side in (inputs, targets) for fields in side.values() for cut in fields]
     starts = 1 if window is None or along_samples else _starts(window, cuts)
     length = window.length if window is not None and along_samples else 1
@@ -253,7 +287,7 @@ def bind(spec: SampleSpec, source: Source) -> BoundSample:
         raise InputError(f"a window of {length} does not fit in dimension {sample_dim!r} of {records}")
     steps = {step for cut in cuts if cut.records for step in (cut.field.at or (0,) if cut.along == "samples" else (0,))}
     absent = source.absent.get(sample_dim, np.empty(0, np.int64))
-    return BoundSample(spec, records, starts, length, inputs, targets, sample_dim, tuple(sorted(steps)), absent)
+    return BoundSample(spec, records, starts, length, inputs, targets, sample_dim, tuple(sorted(steps)), absent, grid)
 
 
 def _sample_axis(whole: list[Variable]) -> tuple[str, int]:
@@ -335,6 +369,43 @@ def _cut(source: Source, field: Field, window: Window | None, sample_dim: str) -
     spatial = inner[-variable.spatial :] if len(inner) > variable.spatial or channels is None else inner[1:]
     leading = math.prod(inner[: len(inner) - len(spatial)])
     return Cut(field, variable, not static, along, size, cyclic, (steps * leading, *spatial), channels)
+
+
+def _patched(tensor: str, cuts: list[Cut], grid: PatchGrid, halo: bool) -> tuple[Cut, ...]:
+    """A tensor's fields, cut into patches along those dimensions of the grid that each of them has."""
+    patched = tuple(_patch(cut, grid, halo) for cut in cuts)
+    for cut in patched:
+        if cut.shape[1:] != patched[0].shape[1:]:
+            raise InputError(
+                f"tensor {tensor!r}: a patch of {patched[0].name!r} is {patched[0].shape[1:]}, of {cut.name!r} "
+                f"{cut.shape[1:]}: make them tensors of their own"
+            )
+    return patched
+
+
+def _patch(cut: Cut, grid: PatchGrid, halo: bool) -> Cut:
+    variable, dims = cut.variable, [axis.dim for axis in grid.axes]
+    places = tuple(dims.index(dim) for dim in variable.dims if dim in dims)
+    if not places:
+        return cut
+    count = len(places)
+    if not set(variable.dims[-count:]) <= set(dims):
+        raise InputError(
+            f"{variable.name!r} has dimensions {variable.dims}: patches are cut from the last ones, so `patch` must "
+            f"name all behind {next(dim for dim in variable.dims if dim in dims)!r} too, at full length if need be"
+        )
+    if cut.channels is not None and variable.dims[1] in dims:
+        raise InputError(f"{variable.name!r}: patches are cut along {variable.dims[1]!r}: leave `channels` out")
+    axes = tuple(grid.axes[place] if halo else replace(grid.axes[place], halo=0) for place in places)
+    edge = None
+    if grid.edge == "missing" and any(axis.halo for axis in axes):
+        edge = beyond(variable.name, variable.array.dtype, variable.missing)
+    patch = PatchCut(axes, places, grid, edge)
+    leading = cut.shape[:-count]
+    if len(cut.shape) <= count:  # what is cut is space: a patch of [z, y, x] is a volume, not a picture of z channels
+        leading = (math.prod(cut.shape) // math.prod(axis.length for axis in axes),)
+    spatial = max(variable.spatial, count)
+    return replace(cut, variable=replace(variable, spatial=spatial), shape=(*leading, *patch.shape), patch=patch)
 
 
 def _channels(source: Source, variable: Variable, field: Field, named: int | None) -> tuple[int, ...] | None:

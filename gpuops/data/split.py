@@ -128,7 +128,7 @@ def sample_runs(bound: BoundSample, records: Runs) -> Runs:
     first = records.windows(bound.length)
     for step in bound.steps if len(bound.absent) else ():
         first = first - Runs.of(bound.absent - step, bound.absent - step + 1)
-    return first.scaled(bound.starts)
+    return first.scaled(bound.per_record)
 
 
 def _groups(

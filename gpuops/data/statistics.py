@@ -86,7 +86,8 @@ def mean_std(source: Source, cut: Cut, records: Runs) -> tuple[tuple[float, ...]
     """
     variable = cut.variable
     merged, _ = summary(source, cut, records, SURVEYED)
-    if cut.along == "inside" or cut.shape[0] % len(merged):
+    volume = variable.spatial >= variable.array.ndim - cut.records  # axis 1 is space, whose statistics are merged
+    if cut.along == "inside" or (volume and len(merged) > 1) or cut.shape[0] % len(merged):
         merged = merge(merged)[None]
     elif len(merged) > 1:
         # Channels are [steps, first axis of a record, further axes]: statistics know the first axis alone.

@@ -84,11 +84,11 @@ def latency_bars(served: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def held_out_map(record: Mapping[str, Any], bundle: Bundle) -> tuple[str, str] | None:
-    """Truth, forecast and error over one held-out group of records, and a caption; None without two spatial axes."""
+    """Truth, forecast and error over held-out records, and a caption; None for patches and without two axes."""
     source = open(record["data"]["url"], record["data"]["snapshot"])
     sample = bind(SampleSpec.from_json(record["sample"]), source)
     name, cuts = next(iter(sample.targets.items()))
-    if len(cuts[0].shape) != 3:
+    if len(cuts[0].shape) != 3 or sample.patches > 1:
         return None
     records, where = _group(record, source)
     ids = records * sample.starts
