@@ -6,6 +6,7 @@ batch from thread to thread would cost more than reading a small chunk.
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from gpuops.data.plan import Plan, Planner, Reads
 from gpuops.data.transport import File, Files, Span, Transport
 from gpuops.errors import IntegrityError
 
-QUICK_READ_S, QUICK_BYTE_S = 50e-6, 0.5e-9
-"""A read that takes no longer than so much, and so much a byte, was one from the page cache."""
+DISK_SHARE = 1 / 8
+"""Share of the bytes read that came from a disk, above which the next ones are expected to."""
 DISK_THREADS = 4
 """Threads a core for files that come from a disk; from the page cache they would only stand in one another's way."""
 
@@ -51,7 +52,7 @@ class Filler:
         self._fetchers = _Workers(0 if isinstance(transport, Files) else ahead, "gpuops-read")
         self._scratch = _Scratch()
         self._waiting = False
-        """Whether local files come from a disk, seen from how long reading took."""
+        """Whether local files come from a disk. Counted, not timed: a thread waits for the interpreter lock as well."""
 
     def start(self, plan: Plan, finish: Callable[[Counters, BaseException | None], None]) -> Future[Plan]:
         """Fill a slot; the future is done after `finish` has been called with what it cost and the first error."""
@@ -128,6 +129,7 @@ class Filler:
         decode = reads.layout.chain.decode
         read_s = decode_s = 0.0
         nbytes = filled = 0
+        disk = _disk_bytes()
         decoded = clock()
         for i in share:
             begun = decoded
@@ -153,7 +155,7 @@ class Filler:
             decoded = clock()
             read_s += got - begun
             decode_s += decoded - got
-        self._waiting = read_s > len(share) * QUICK_READ_S + nbytes * QUICK_BYTE_S
+        self._waiting = _disk_bytes() - disk > nbytes * DISK_SHARE
         job.add(len(share) - filled, filled, nbytes, read_s, decode_s)
         job.arrive(None)
 
@@ -325,6 +327,11 @@ def _take(answers: list[Any] | None, place: int) -> memoryview | None:
     assert answers is not None
     data, answers[place] = answers[place], None
     return None if data is None else memoryview(data).cast("B")
+
+
+def _disk_bytes() -> int:
+    """Bytes that this thread had the kernel read from block devices; 0 where the kernel does not count them."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock * 512
 
 
 def _never(span: Span) -> None:

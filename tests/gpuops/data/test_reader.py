@@ -4,6 +4,8 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -268,7 +270,7 @@ def test_what_comes_from_a_disk_is_read_by_more_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     data = write_samples(tmp_path, chunk=chunk)
-    monkeypatch.setattr(filler, "QUICK_READ_S", -1.0)  # from now on every read counts as one that waited
+    monkeypatch.setattr(filler, "_disk_bytes", partial(next, count(0, 10**9)))  # every share read a gigabyte of disk
     read_by: list[str] = []
     read_into = File.read_into
 
