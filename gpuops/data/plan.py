@@ -353,8 +353,4 @@ def _record(plan: Plan, place: Layout, name: str, record: int) -> npt.NDArray[An
         decoded = plan.chunks[name, (first, *(0,) * len(space))].data
         index: tuple[Any, ...] = (row, *map(slice, space))
         return np.asarray(decoded[index])
-    whole = np.empty(space, place.array.dtype)
-    for inner in np.ndindex(*(-(-extent // size) for extent, size in zip(space, sizes, strict=True))):
-        into = whole[tuple(slice(i * size, (i + 1) * size) for i, size in zip(inner, sizes, strict=True))]
-        into[...] = plan.chunks[name, (first, *inner)].data[row][tuple(map(slice, into.shape))]
-    return whole
+    return read_box(plan.chunks, name, place.chunk, record, [(0, extent) for extent in space])
