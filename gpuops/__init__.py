@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gpuops.data.datamodule import ZarrDataModule as ZarrDataModule
     from gpuops.data.ingest import ingest as ingest
-    from gpuops.data.source import open as open
+    from gpuops.data.join import open as open
     from gpuops.export import export as export
     from gpuops.export.formats import load_bundle as load_bundle
     from gpuops.preprocess.steps import Preprocess as Preprocess
@@ -25,7 +25,7 @@ _HOME = {
     "export": "gpuops.export",
     "ingest": "gpuops.data.ingest",
     "load_bundle": "gpuops.export.formats",
-    "open": "gpuops.data.source",
+    "open": "gpuops.data.join",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -177,7 +177,15 @@ def _parser() -> Any:
         "gpuops infer forecast --from out/linke --server grpc://127.0.0.1:8001",
     )
     sub.add_argument("model", help="model name")
-    sub.add_argument("--from", dest="source", metavar="URL", required=True, help="store that the samples are cut from")
+    sub.add_argument(
+        "--from",
+        dest="source",
+        metavar="[NAME=]URL",
+        action="append",
+        required=True,
+        help="store that the samples are cut from; NAME=URL for each of several that the model was trained on",
+    )
+    sub.add_argument("--align", metavar="DIM", help="dimension that several stores are aligned on")
     sub.add_argument("--server", default="http://127.0.0.1:8000", help="http://HOST:PORT or grpc://HOST:PORT")
     sub.add_argument(
         "--samples", type=int, help="send this many, evenly spaced; the bundle's golden samples if left out"

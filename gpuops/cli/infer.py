@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -10,18 +11,22 @@ import numpy.typing as npt
 
 from gpuops.bundle import read_bundle
 from gpuops.cli.output import fields, print_json
+from gpuops.data.join import open
 from gpuops.data.plan import Slot
 from gpuops.data.reader import Reader, wire_inputs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
-from gpuops.data.source import Source, open
+from gpuops.data.source import Source
 from gpuops.energy.sensor import open_sensor
 from gpuops.errors import InputError, IntegrityError
 from gpuops_serving.client import Client
 
+_NAMED = re.compile(r"(\w[\w-]*)=(.+)")
+
 
 def infer(
     model: str,
-    source: str,
+    source: list[str],
+    align: str | None,
     server: str,
     samples: int | None,
     requests: int,
@@ -37,7 +42,7 @@ def infer(
     with Client(server) as client:
         declared = dict(client.sample(model))
         golden_ids = declared.pop("golden_ids")
-        opened = open(source)
+        opened = open(_location(source), align=align)
         sample = bind(SampleSpec.from_json(declared), opened)
         ids = np.array(golden_ids if samples is None else _spread(sample, samples), np.int64)
         slot = _read(opened, sample, ids)
@@ -62,6 +67,17 @@ def infer(
         print_json(report)
     else:
         fields({key: value for key, value in report.items() if key != "energy"})
+
+
+def _location(given: list[str]) -> str | dict[str, str]:
+    """One URL, or several as NAME=URL."""
+    named = [_NAMED.fullmatch(text) for text in given]
+    if len(given) == 1 and named[0] is None:
+        return given[0]
+    urls = {match[1]: match[2] for match in named if match is not None}
+    if len(urls) < len(given):
+        raise InputError(f"--from {' --from '.join(given)}: give one URL, or each store once as NAME=URL")
+    return urls
 
 
 def _spread(sample: BoundSample, count: int) -> npt.NDArray[np.int64]:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from gpuops.data.counters import Counters
+from gpuops.data.join import open
 from gpuops.data.loader import ZarrLoader, pinned
 from gpuops.data.node_cache import CacheLocation
 from gpuops.data.order import Lanes, Order, Strata
@@ -23,7 +24,7 @@ from gpuops.data.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, Field, SampleSpec, Window, bind
 from gpuops.data.sampling import Foreground, Stratified, Weighted, stratify
-from gpuops.data.source import Source, open
+from gpuops.data.source import Source
 from gpuops.data.split import Holdout as Holdout
 from gpuops.data.split import Period, make_split, sample_runs
 from gpuops.errors import InputError
@@ -43,14 +44,14 @@ class ZarrDataModule(LightningDataModule):
 
     def __init__(
         self,
-        url: str,
+        url: str | dict[str, str],
         inputs: dict[str, list[Field]],
         targets: dict[str, list[Field]],
         window: Window | None = None,
         holdout: Holdout | Period | None = None,
         global_batch: int = 32,
         seed: int = 0,
-        snapshot: str | None = None,
+        snapshot: str | dict[str, str | None] | None = None,
         dtype: str = "float32",
         threads: int | None = None,
         budget_mb: int = 512,
@@ -63,18 +64,20 @@ class ZarrDataModule(LightningDataModule):
         cache_dir: str | None = None,
         cache_gb: float = 100.0,
         patch: Patch | None = None,
+        align: str | None = None,
     ) -> None:
         """Declare what a sample is.
 
         Args:
-            url: a Zarr group or an Icechunk repository (see `gpuops.open`).
+            url: a Zarr group or an Icechunk repository, or several by name, aligned on a coordinate (see
+                `gpuops.open`).
             inputs: tensors the model takes, each a list of fields in channel order.
             targets: tensors it is to predict.
             window: the moving window, if samples are windows.
             holdout: records kept for validation; None trains on everything.
             global_batch: samples a step over all data-parallel ranks; a multiple of their number.
             seed: seed of the order and of the holdout.
-            snapshot: Icechunk snapshot id; the newest if None.
+            snapshot: Icechunk snapshot id, of several stores by name; the newest if None.
             dtype: dtype of prepared batches: float32, bfloat16 or float16.
             threads: decoding threads of a rank; its share of the cores if None.
             budget_mb: MiB that a rank holds of batches and chunks read ahead.
@@ -90,9 +93,10 @@ class ZarrDataModule(LightningDataModule):
                 object store or an Icechunk repository, for later epochs and runs; None keeps nothing.
             cache_gb: most gigabytes (10^9 bytes) kept there, over all data sets.
             patch: the patches, if samples are parts of records.
+            align: dimension whose coordinate aligns several stores; the one that they share if None.
         """
         super().__init__()
-        self.url, self.snapshot, self.holdout, self.test = url, snapshot, holdout, test
+        self.url, self.snapshot, self.align, self.holdout, self.test = url, snapshot, align, holdout, test
         self.train, self.gap, self.sampling, self.missing_chunks = train, gap, sampling, missing_chunks
         self.sample = SampleSpec(inputs, targets, window, patch)
         self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
@@ -111,7 +115,7 @@ class ZarrDataModule(LightningDataModule):
         """Open the source, split it, and freeze the preprocessing with the training split's statistics."""
         if hasattr(self, "source"):
             return
-        source = open(self.url, self.snapshot, missing_chunks=self.missing_chunks)
+        source = open(self.url, self.snapshot, missing_chunks=self.missing_chunks, align=self.align)
         self.bound: BoundSample = bind(self.sample, source)
         split = make_split(
             source, self.bound, val=self.holdout, test=self.test, train=self.train, gap=self.gap, seed=self.seed

@@ -67,6 +67,10 @@ class PatchAxis:
         """Patches along it."""
         return -(-(self.length - self.size) // self.stride) + 1
 
+    def origins(self, places: Ids) -> Ids:
+        """First grid point of the patches at some places along it; the last patch ends where the array does."""
+        return np.minimum(places * self.stride, self.length - self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class PatchGrid:
@@ -83,10 +87,13 @@ class PatchGrid:
         return math.prod(axis.count for axis in self.axes)
 
     def origins(self, patches: Ids) -> Ids:
-        """First grid point of patches along each axis, [n, axes]; the last patch ends where the array does."""
-        at = np.unravel_index(patches, [axis.count for axis in self.axes])
-        columns = [np.minimum(p * a.stride, a.length - a.size) for p, a in zip(at, self.axes, strict=True)]
+        """First grid point of patches along each axis, [n, axes]."""
+        columns = [axis.origins(at) for at, axis in zip(self.places(patches), self.axes, strict=True)]
         return np.stack(columns, axis=-1).astype(np.int64)
+
+    def places(self, patches: Ids) -> tuple[Ids, ...]:
+        """Place of patches along each axis, [n] each."""
+        return np.unravel_index(patches, [axis.count for axis in self.axes])
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ class Planner:
         self._sample, self._layouts, self._indexes = sample, layouts, indexes
         self._tensors = [cuts for side in (sample.inputs, sample.targets) for cuts in side.values()]
         self._constants = {
-            cut.variable.name: np.asarray(cut.variable.array[...])
+            cut.variable.name: cut.variable.read() if cut.along == "samples" else np.asarray(cut.variable.array[...])
             for cuts in self._tensors
             for cut in cuts
             if not cut.records
@@ -322,7 +322,7 @@ def _grid(place: Layout) -> tuple[int, ...]:
 
 
 def _gather(cut: Cut, out: npt.NDArray[Any], record: Ids, start: Ids, base: int, boxes: Boxes | None) -> Gather:
-    records = cut.positions(record) if cut.along == "samples" else record[:, None]
+    records = cut.variable.stored_at(cut.positions(record) if cut.along == "samples" else record[:, None])
     count, steps = records.shape
     step_bytes = out.strides[1] * (cut.shape[0] // steps)
     offsets = base + np.arange(count)[:, None] * out.strides[0] + np.arange(steps) * step_bytes

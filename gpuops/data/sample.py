@@ -294,17 +294,14 @@ def _sample_axis(whole: list[Variable]) -> tuple[str, int]:
     """Name and length of the axis that the variables, static ones left out, have first."""
     for sample_dim in dict.fromkeys(variable.dims[0] for variable in whole if variable.dims):
         moving = [variable for variable in whole if variable.dims and variable.dims[0] == sample_dim]
-        inner: dict[str, int] = {}
-        for variable in moving:
-            inner |= dict(zip(variable.dims[1:], variable.array.shape[1:], strict=True))
+        inner = {axis for variable in moving for axis in zip(variable.dims[1:], variable.array.shape[1:], strict=True)}
         static = [variable for variable in whole if variable not in moving]
-        if sample_dim in inner or not all(_sizes(variable).items() <= inner.items() for variable in static):
+        if sample_dim in dict(inner) or not all(_sizes(variable).items() <= inner for variable in static):
             continue
-        sizes = {variable.name: variable.array.shape[0] for variable in moving}
-        if len(set(sizes.values())) == 1:
-            return sample_dim, moving[0].array.shape[0]
+        if len({variable.records for variable in moving}) == 1:
+            return sample_dim, moving[0].records
     first, *others = whole
-    other = next(v for v in others if v.dims[:1] != first.dims[:1] or v.array.shape[:1] != first.array.shape[:1])
+    other = next(v for v in others if _axis(v) != _axis(first))
     raise InputError(
         f"{other.name!r} has sample axis {_axis(other)}, {first.name!r} has {_axis(first)}: they must be aligned; a "
         "static field has no other dimensions than those behind the sample axis, of the same sizes"
@@ -312,7 +309,7 @@ def _sample_axis(whole: list[Variable]) -> tuple[str, int]:
 
 
 def _axis(variable: Variable) -> str:
-    return f"{variable.dims[0]} ({variable.array.shape[0]})" if variable.dims else "none"
+    return f"{variable.dims[0]} ({variable.records})" if variable.dims else "none"
 
 
 def _sizes(variable: Variable) -> dict[str, int]:
@@ -344,13 +341,13 @@ def _cut(source: Source, field: Field, window: Window | None, sample_dim: str) -
     if _coordinate(variable, window):
         assert window is not None
         moved = "samples" if window.dim == sample_dim else "inside"
-        return Cut(field, variable, False, moved, variable.array.shape[0], cyclic, (steps,))
+        return Cut(field, variable, False, moved, variable.records, cyclic, (steps,))
     static = variable.dims[:1] != (sample_dim,)
     if static and (field.at is not None or field.channels is not None):
         raise InputError(f"{variable.name!r} has no axis {sample_dim!r}: it is static, leave `at` and `channels` out")
     inner = variable.array.shape if static else variable.array.shape[1:]
     along: str | None = None
-    size = variable.array.shape[0] if inner or not static else 1
+    size = variable.records if inner or not static else 1
     if field.at is not None:
         assert window is not None
         if window.dim == sample_dim:

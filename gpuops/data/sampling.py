@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gpuops.data.foreground import foreground
 from gpuops.data.order import Strata
 from gpuops.data.runs import Ids, Runs
 from gpuops.data.sample import BoundSample
-from gpuops.data.source import Source, Variable
-from gpuops.data.statistics import describe
+from gpuops.data.source import Source
 from gpuops.errors import InputError
 
 BLOCK = 1 << 20
@@ -60,8 +60,8 @@ class Foreground:
     """A declared share of samples that contain foreground."""
 
     foreground: str
-    """Variable on the sample axis (a mask, a label image, rain) whose largest value in a record decides: from the
-    statistics of ingest, or read once where there are none."""
+    """Variable on the sample axis (a mask, a label image, rain) whose largest value in a sample's record, or in its
+    patch, decides: from the statistics of ingest where they are enough, else it is read once."""
     share: float = 0.5
     """Share of draws that contain foreground, in (0, 1)."""
     above: float = 0.0
@@ -139,7 +139,7 @@ def _stored(source: Source, bound: BoundSample, sampling: Weighted | Stratified)
     window = bound.spec.window
     _check_step(bound, sampling.at)
     inside = bound.length == 1 and window is not None and len(variable.dims) == 2 and variable.dims[1] == window.dim
-    if variable.array.shape[0] != bound.records or variable.array.ndim != 1 + inside:
+    if variable.array.ndim != 1 + inside or variable.records != bound.records:
         wanted = f"[{bound.records}]" + (f" or [{bound.records}, {window.dim}]" if window is not None else "")
         raise InputError(f"sampling by {name!r}, which is {variable.dims} {variable.array.shape}: it must be {wanted}")
 
@@ -147,7 +147,7 @@ def _stored(source: Source, bound: BoundSample, sampling: Weighted | Stratified)
         record, start = bound.split_id(ids)
         record = record + (sampling.at if bound.length > 1 else 0)
         low = int(record.min())
-        stored = np.asarray(variable.array[low : int(record.max()) + 1])
+        stored = variable.read(low, int(record.max()) + 1)
         at = (record - low, (start + sampling.at) % stored.shape[1]) if inside else (record - low,)
         values: Labels = stored[at].astype(np.float64)
         if variable.missing is not None:
@@ -168,45 +168,11 @@ def _stored(source: Source, bound: BoundSample, sampling: Weighted | Stratified)
 
 
 def _foreground(source: Source, bound: BoundSample, sampling: Foreground) -> Callable[[Ids], Labels]:
-    variable = source.variable(sampling.foreground)
     _check_step(bound, sampling.at)
-    if variable.array.shape[0] != bound.records:
-        raise InputError(
-            f"foreground {sampling.foreground!r} has {variable.array.shape[0]} records, samples have {bound.records}: "
-            "name a variable on the sample axis"
-        )
     if not 0 < sampling.share < 1:
         raise InputError(f"{sampling}: a share must lie between 0 and 1")
-    recorded = source.meta("stats", sampling.foreground)
-
-    def label(ids: Ids) -> Labels:
-        record = bound.split_id(ids)[0] + (sampling.at if bound.length > 1 else 0)
-        low, high = int(record.min()), int(record.max()) + 1
-        if recorded is not None:
-            rows = np.asarray(recorded[low:high])
-            largest: Labels = np.where(np.isnan(rows[..., 4]), -np.inf, rows[..., 4]).max(axis=1)
-        else:
-            largest = _largest(variable, low, high)
-        found: Labels = (largest[record - low] > sampling.above).astype(np.float64)
-        return found
-
-    return label
-
-
-def _largest(variable: Variable, low: int, high: int) -> Labels:
-    """Largest physical value of each record, a chunk of records at a time; -inf where there is no data."""
-    step = max(1, (variable.array.shards or variable.array.chunks)[0])
-    found = np.empty(high - low)
-    for first in range(low, high, step):
-        last = min(first + step, high)
-        rows = describe(
-            np.asarray(variable.array[first:last]).reshape(last - first, -1, 1),
-            variable.scale,
-            variable.offset,
-            variable.missing,
-        )
-        found[first - low : last - low] = np.where(np.isnan(rows[..., 4]), -np.inf, rows[..., 4]).max(axis=1)
-    return found
+    found = foreground(source, bound, sampling.foreground, sampling.above, sampling.at)
+    return lambda ids: found(ids).astype(np.float64)
 
 
 def _declared_shares(sampling: Stratified, distinct: Labels) -> Labels:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,13 @@ class Source:
     """An opened group of arrays under one identity."""
 
     url: str
-    """Where it was opened."""
+    """Where it was opened; of a joined source all names and URLs."""
     kind: str
-    """"icechunk" or "zarr"."""
+    """"icechunk", "zarr", or "joined" of several."""
     store: zarr.abc.store.Store
     """Read-only Zarr store; `xarray.open_zarr(source.store, consolidated=False)` works on it."""
     snapshot: str | None
-    """Icechunk snapshot id; None where the store has no versions."""
+    """Icechunk snapshot id; None where the store has no versions. Of a joined source all that there are."""
     fingerprint: str
     """sha256 over array metadata and content: what enters the order and the version id."""
     weak: bool
@@ -58,6 +59,10 @@ class Source:
     """Names along axis 1, by variable, where the archive's convention gives them (anemoi)."""
     absent: Mapping[str, Positions] = field(default_factory=dict)
     """Positions that hold no data, sorted, by dimension, where the archive declares them (anemoi's missing dates)."""
+    members: Mapping[str, Source] = field(default_factory=dict)
+    """The stores of a joined source by name; its variables are named after them ("era5/t2m")."""
+    align: str | None = None
+    """Dimension that they are aligned on."""
 
     @property
     def group(self) -> zarr.Group:
@@ -78,9 +83,10 @@ class Source:
             InputError: neither a variable nor a channel; the message lists those there are.
         """
         if name not in self.variables:
+            member, channel = self._member(name)
             for holder, names in self.channels.items():
-                if name in names:
-                    return self.variables[holder], names.index(name)
+                if channel in names and self._member(holder)[0] == member:
+                    return self.variables[holder], names.index(channel)
         return self.variable(name), None
 
     def channel_names(self, variable: Variable) -> tuple[str, ...]:
@@ -102,7 +108,9 @@ class Source:
             InputError: there is none, or its calendar has dates that datetime64 cannot hold.
         """
         alone = [v for v in self.variables.values() if v.dims == (dim,)]
-        named = [v for v in alone if v.name == dim] or [v for v in alone if is_time(v)]
+        if dim == self.align:  # every store with that dimension has the same values
+            alone = [v for v in alone if self._member(v.name)[0] == self._member(alone[0].name)[0]]
+        named = [v for v in alone if self._member(v.name)[1] == dim] or [v for v in alone if is_time(v)]
         if len(named) != 1:
             listed = ", ".join(sorted(v.name for v in alone)) or "none"
             raise InputError(f"{self.url} has no coordinate {dim!r}; variables on that dimension alone: {listed}")
@@ -110,13 +118,50 @@ class Source:
 
     def meta(self, kind: str, variable: str) -> zarr.Array[Any] | None:
         """What ingest recorded: `kind` is "digests", "stats" or "sketch"; None for a store we did not write."""
+        if self.members:
+            member, name = self._member(variable)
+            return self.members[member].meta(kind, name)
         node = self.group.get(f"{META}/{kind}/{variable}")
         return node if isinstance(node, zarr.Array) else None
 
+    def _aligned_datasets(self) -> Iterator[xr.Dataset]:
+        for name, member in self.members.items():
+            dataset = member.to_xarray()
+            rows = [v.rows for path, v in self.variables.items() if self._member(path)[0] == name]
+            if (at := next((row for row in rows if row is not None), None)) is not None:
+                dataset = dataset.isel({self.align: at})
+            yield dataset.rename({variable: f"{name}/{variable}" for variable in dataset.data_vars})
+
+    @property
+    def location(self) -> dict[str, Any]:
+        """What `gpuops.data.join.reopen` opens this from: JSON, local paths made absolute."""
+        url: Any = _absolute(self.url)
+        snapshot: Any = self.snapshot
+        if self.members:
+            url = {name: _absolute(member.url) for name, member in self.members.items()}
+            snapshot = {name: member.snapshot for name, member in self.members.items()}
+        return {"url": url, "snapshot": snapshot, "missing_chunks": self.missing_chunks, "align": self.align}
+
+    def _member(self, name: str) -> tuple[str, str]:
+        """The store that a variable is in, "" where there is but one, and its name there."""
+        if not self.members:
+            return "", name
+        member, _, own = name.partition("/")
+        return member, own
+
     def to_xarray(self) -> xr.Dataset:
-        """Physical values, missing data as NaN, and named dimensions (lazy)."""
+        """Physical values, missing data as NaN, and named dimensions (lazy).
+
+        Raises:
+            InputError: the stores of a joined source lie on different grids, so that one data set cannot hold them.
+        """
         import xarray as xr
 
+        if self.members:
+            try:
+                return xr.merge(self._aligned_datasets(), join="exact", compat="override")
+            except ValueError as error:
+                raise InputError(f"{self.url} lie on different grids: take `members[NAME].to_xarray()`") from error
         # Some versions of xarray make time differences of a variable in hours or seconds, unless they are told not to.
         dataset: xr.Dataset = xr.open_zarr(self.store, consolidated=False, decode_timedelta=False)
         return dataset
@@ -165,6 +210,10 @@ def open(url: str | Path, snapshot: str | None = None, *, missing_chunks: str = 
         fingerprint, rests_on = weak_fingerprint(store, snapshot, variables)
     weak = recorded is None
     return Source(url, kind, store, snapshot, fingerprint, weak, variables, rests_on, missing_chunks, channels, absent)
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else os.path.abspath(url)
 
 
 def snapshots(source: Source) -> list[dict[str, Any]]:

@@ -135,11 +135,11 @@ def _groups(
     source: Source, bound: BoundSample, declared: Holdout, seed: int, taken: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], Runs]:
     labels = source.variable(declared.by)
-    if labels.array.shape != (bound.records,):
+    if labels.array.ndim != 1 or labels.records != bound.records:
         raise InputError(f"holdout by {declared.by!r}: it must have one value a record, it has {labels.dims}")
 
     def read() -> Iterator[npt.NDArray[Any]]:
-        return (np.asarray(labels.array[low : low + BLOCK]) for low in range(0, bound.records, BLOCK))
+        return (labels.read(low, low + BLOCK) for low in range(0, bound.records, BLOCK))
 
     distinct = np.unique(np.concatenate([np.unique(block) for block in read()]))
     values = declared.choose(distinct, seed, taken)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Cut
-from gpuops.data.source import Source
+from gpuops.data.source import Source, Variable
 from gpuops.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,11 +122,20 @@ def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows,
     recorded = source.meta("stats", variable.name)
     if recorded is not None:
         taken = channels if recorded.shape[1] > 1 else ...
-        blocks = [merge(rows)[taken] for rows in _blocks(recorded, records)]
+        blocks = [merge(rows)[taken] for rows in _blocks(recorded, _stored(variable, records))]
         return blocks[0] if len(blocks) == 1 else merge(np.stack(blocks)), len(records)
     chosen = records[np.unique(np.linspace(0, len(records) - 1, min(survey, len(records))).astype(np.int64))]
-    stored = (np.asarray(variable.array[int(record)])[channels][None] for record in chosen)
+    stored = (np.asarray(variable.array[int(row)])[channels][None] for row in variable.stored_at(chosen))
     return merge(np.concatenate([describe(record, *packing) for record in stored])), len(chosen)
+
+
+def _stored(variable: Variable, records: Runs) -> Runs:
+    """Positions of records along the stored sample axis."""
+    if variable.rows is None:
+        return records
+    inside = np.zeros(variable.array.shape[0], bool)
+    inside[variable.rows[records[:]]] = True
+    return Runs.of_masks([inside])
 
 
 def _blocks(recorded: zarr.Array[Any], records: Runs) -> Iterator[Rows]:

@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
+from gpuops.data.view import View
 from gpuops.errors import IntegrityError
 
 Span = tuple[str, int, int | None]
@@ -72,7 +73,9 @@ def open_transport(store: Store, retry: Retry | None = None) -> Transport:
     """The fastest way into a store."""
     retry = retry or Retry()
     if isinstance(store, LocalStore):
-        return Files(Path(store.root))
+        return Files(Path(store.root).joinpath)
+    if isinstance(store, View) and store.local:
+        return Files(store.local_path)
     if isinstance(store, ObjectStore):
         return Objects(store.store, retry)
     return Ranges(store, retry)
@@ -170,11 +173,11 @@ def _after(buffers: Sequence[Any], nbytes: int) -> list[memoryview]:
 class Files:
     """Objects of a local directory, through descriptors that stay open. Thread-safe."""
 
-    def __init__(self, root: Path) -> None:
-        """Read files below `root`."""
+    def __init__(self, path_of: Callable[[str], Path | None]) -> None:
+        """Read the files that keys lie in; None for a key without one."""
         self.retries = 0
         """None: what a local file system refuses once it refuses again."""
-        self._root = str(root)
+        self._path_of = path_of
         self._open: dict[str, File] = {}
         self._lock = threading.Lock()
 
@@ -182,8 +185,10 @@ class Files:
         """The open file of a key, None if there is none; `keep` it open for the next range of it."""
         if (file := self._open.get(key)) is not None:
             return file
+        if (path := self._path_of(key)) is None:
+            return None
         try:
-            file = File(Path(f"{self._root}/{key}"))
+            file = File(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -44,6 +44,28 @@ class Variable:
     """CF units."""
     spatial: int = 2
     """Trailing axes that are space; the axes before them are channels. 1 for unstructured grids (cells)."""
+    rows: npt.NDArray[np.int64] | None = None
+    """Position of each record along the array's first axis, where the records are some of those stored, or in another
+    order (stores aligned on a coordinate); None where record i is position i."""
+
+    @property
+    def records(self) -> int:
+        """Length of the sample axis."""
+        return int(self.array.shape[0]) if self.rows is None else len(self.rows)
+
+    def stored_at(self, records: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions of records along the array's first axis, of the same shape."""
+        return records if self.rows is None else self.rows[records]
+
+    def read(self, first: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Stored values of the records from `first` to `stop`, without it."""
+        return self.taken(self.array, first, stop)
+
+    def taken(self, array: zarr.Array[Any], first: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """What an array that lies along the stored sample axis, such as recorded statistics, has for some records."""
+        if self.rows is None:
+            return np.asarray(array[first:stop])
+        return np.asarray(array.oindex[self.rows[first:stop]])
 
 
 def read_variable(name: str, array: zarr.Array[Any]) -> Variable:
@@ -113,7 +135,7 @@ def decoded(variable: Variable) -> npt.NDArray[Any]:
     Raises:
         InputError: times in a calendar that datetime64 has no dates for (noleap, 360_day), or unreadable units.
     """
-    values = np.asarray(variable.array[:])
+    values = variable.read()
     if values.dtype.kind == "M":
         return values.astype("datetime64[ns]")
     if " since " not in variable.unit or values.dtype.kind not in "iuf":

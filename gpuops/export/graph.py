@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gpuops.bundle import Golden, file_sha256
+from gpuops.data.join import reopen
 from gpuops.data.reader import Reader, wire_inputs
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
-from gpuops.data.source import Source, open
+from gpuops.data.source import Source
 from gpuops.errors import InputError, IntegrityError
 from gpuops.lineage.version import RUN_FILE
 from gpuops.preprocess.module import PreprocessModule
@@ -84,7 +85,7 @@ def load_run(path: str | Path) -> Run:
         raise InputError(f"{root} saved no checkpoint (does its `monitor` exist? it needs a holdout): train it again")
     if record["sample"] is None:
         raise InputError(f"{root} was trained on data that gpuops did not read: its raw inputs are unknown")
-    source = open(record["data"]["url"], record["data"]["snapshot"])
+    source = reopen(record["data"])
     if source.fingerprint != record["data"]["fingerprint"]:
         raise IntegrityError(
             f"{source.url} has fingerprint {source.fingerprint}, the run was trained on "

@@ -15,10 +15,11 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from gpuops.bundle import Bundle
+from gpuops.data.join import reopen
 from gpuops.data.reader import Reader, wire_inputs
 from gpuops.data.runs import Runs
-from gpuops.data.sample import BoundSample, SampleSpec, bind
-from gpuops.data.source import Source, open
+from gpuops.data.sample import BoundSample, Cut, SampleSpec, bind
+from gpuops.data.source import Source
 from gpuops.export.formats import runner
 
 BLUE, ORANGE, GRAY = "#2563eb", "#d97706", "#9ca3af"
@@ -84,15 +85,15 @@ def latency_bars(served: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def held_out_map(record: Mapping[str, Any], bundle: Bundle) -> tuple[str, str] | None:
-    """Truth, forecast and error over held-out records, and a caption; None for patches and without two axes."""
-    source = open(record["data"]["url"], record["data"]["snapshot"])
+    """Truth, forecast and error over held-out records, and a caption; None for targets without two axes."""
+    source = reopen(record["data"])
     sample = bind(SampleSpec.from_json(record["sample"]), source)
     name, cuts = next(iter(sample.targets.items()))
-    if len(cuts[0].shape) != 3 or sample.patches > 1:
+    if len(cuts[0].shape) != 3:
         return None
     records, where = _group(record, source)
-    ids = records * sample.starts
-    truth, forecast = _answers(source, sample, bundle, ids, name)
+    ids = (records[:, None] * sample.per_record + np.arange(sample.patches)).ravel()
+    truth, forecast = (_joined(field, cuts[0], sample) for field in _answers(source, sample, bundle, ids, name))
     grid = _grid(source, records)
     pictures = [_stitch(field, grid) for field in (truth, forecast, forecast - truth)]
     low, high = np.nanpercentile(pictures[0], [1, 99])
@@ -124,8 +125,9 @@ def _group(record: Mapping[str, Any], source: Source) -> tuple[npt.NDArray[np.in
     rows = source.meta("stats", target)
     if by is None or rows is None:
         return held[:1], f"record {held[0]}"
-    labels = np.asarray(source.variable(by).array[:])[held]
-    spread = np.asarray(rows[:])[held][..., 4].max(axis=1) - np.asarray(rows[:])[held][..., 3].min(axis=1)
+    labels = source.variable(by).read()[held]
+    ranges = source.variable(target).taken(rows)[held]
+    spread = ranges[..., 4].max(axis=1) - ranges[..., 3].min(axis=1)
     varied = {int(label): float(spread[labels == label].mean()) for label in np.unique(labels)}
     chosen = max(varied, key=lambda label: varied[label])
     records = held[labels == chosen]
@@ -156,6 +158,21 @@ def _answers(
     finally:
         reader.close()
     return np.concatenate(truth), np.concatenate(forecast)
+
+
+def _joined(fields: Field, cut: Cut, sample: BoundSample) -> Field:
+    """Records put together from all their patches, [records, y, x]; fields [records * patches, y, x]."""
+    if cut.patch is None or sample.grid is None:
+        return fields[:: sample.patches]
+    origins = sample.grid.origins(np.arange(sample.patches))[:, list(cut.patch.places)]
+    count = len(cut.patch.axes)
+    shape = (*fields.shape[1 : 3 - count], *(axis.length for axis in cut.patch.axes))
+    whole = np.full((len(fields) // sample.patches, *shape), np.nan)
+    for patch, origin in enumerate(origins.tolist()):
+        place = (slice(at, at + axis.size) for at, axis in zip(origin, cut.patch.axes, strict=True))
+        index: tuple[Any, ...] = (..., *place)
+        whole[index] = fields[patch :: sample.patches]
+    return whole
 
 
 def _grid(source: Source, records: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -171,8 +171,7 @@ def _data_record(trainer: Trainer) -> dict[str, Any]:
         return {"data": None, "sample": None, "preprocess": None}
     return {
         "data": {
-            "url": os.path.abspath(data.url) if "://" not in data.url else data.url,
-            "snapshot": data.source.snapshot,
+            **data.source.location,
             "fingerprint": data.source.fingerprint,
             "train_records": len(data.train_records),
             "held_out_records": data.val_records.to_json(),

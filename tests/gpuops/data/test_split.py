@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec
 from gpuops.data.split import Holdout, Period, Split, make_split, sample_runs
+from gpuops.data.variable import Variable
 from gpuops.errors import InputError
 
 SIZE = 40
@@ -82,7 +82,8 @@ class Records:
 
     def variable(self, name: str) -> Any:
         dims = ("time",)
-        return SimpleNamespace(array=np.asarray(self.labels), dims=dims, name=name)
+        array: Any = np.asarray(self.labels)
+        return Variable(name, array, dims, 1.0, 0.0, None, None, "1")
 
     def coordinate(self, dim: str) -> Any:
         assert dim in ("time", "level")
