@@ -50,10 +50,11 @@ class Counters:
 
     def add(self, other: Counters) -> None:
         """Add another reader's costs; of the largest amounts held, the larger."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            peak = field.name in ("held_bytes", "budget_bytes")
-            setattr(self, field.name, max(mine, theirs) if peak else mine + theirs)
+        for name in _ADDED:
+            if theirs := getattr(other, name):
+                setattr(self, name, getattr(self, name) + theirs)
+        for name in _PEAKS:
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
     def to_json(self) -> dict[str, Any]:
         """All counters, and what is usually asked of them; a ratio of nothing is null."""
@@ -91,6 +92,10 @@ class Counters:
             f"stalled {show('stall_share', '.1%')} of the time, limited by the {self.limiting_stage or 'consumer'}; "
             f"{self.held_bytes / 1e6:.0f} of {self.budget_bytes / 1e6:.0f} MB held"
         )
+
+
+_PEAKS = ("held_bytes", "budget_bytes")
+_ADDED = tuple(field.name for field in fields(Counters) if field.name not in _PEAKS)
 
 
 def _ratio(value: float, of: float) -> float | None:

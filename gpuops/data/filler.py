@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
@@ -46,6 +46,7 @@ class Filler:
         self._range: Callable[[Span], tuple[File, int, int] | None] = (
             transport.range if isinstance(transport, Files | NodeCache) else _never
         )
+        self._read_open = transport.read_open if isinstance(transport, Files) else _not_open
         self._decoders = _Workers(threads, "gpuops-decode")
         self._patient = _Workers(DISK_THREADS * threads if isinstance(transport, Files) else 0, "gpuops-disk")
         """Threads that decode what they have to wait for: while some wait for the disk, others have the cores."""
@@ -124,7 +125,7 @@ class Filler:
 
     def _decode(self, job: _Job, reads: Reads, fetched: list[Any] | None, share: range) -> None:
         """Decode a thread's share of chunks, reading them where they were not fetched before."""
-        clock, outs, shared = time.perf_counter, reads.outs, reads.shared
+        clock, outs, shared, stored_bytes = time.perf_counter, reads.outs, reads.shared, reads.stored_bytes
         read = self._reader_of(reads)
         decode = reads.layout.chain.decode
         read_s = decode_s = 0.0
@@ -140,7 +141,7 @@ class Filler:
                     self._fill_missing(job.plan, reads, i)
                     filled += 1
                 elif encoded is outs[i]:
-                    nbytes += reads.stored_bytes
+                    nbytes += stored_bytes
                 else:
                     decode(encoded, outs[i])
                     nbytes += len(encoded)
@@ -168,7 +169,7 @@ class Filler:
         keys, starts, stops = reads.spans.keys, reads.spans.starts, reads.spans.stops
         outs, stored_bytes, tail_bytes = reads.outs, reads.stored_bytes, reads.layout.chain.tail_bytes
         tail, scratch = bytearray(tail_bytes or 0), self._scratch
-        range_of = self._range
+        range_of, read_open = self._range, self._read_open
 
         def compressed(i: int) -> Any:
             if stops[i] == 0 or (found := range_of((keys[i], starts[i], stops[i]))) is None:
@@ -179,15 +180,18 @@ class Filler:
             return encoded
 
         def raw(i: int) -> Any:
-            if stops[i] == 0 or (found := range_of((keys[i], starts[i], stops[i]))) is None:
-                return None
-            file, start, stop = found
-            if stop - start != stored_bytes:
-                raise ValueError(f"{stop - start} bytes where {stored_bytes} belong")
-            file.read_into((outs[i], tail) if tail else (outs[i],), start, stored_bytes)
+            out, start, stop = outs[i], starts[i], stops[i]
+            buffers = (out, tail) if tail else (out,)
+            if stop != start + stored_bytes or not read_open(keys[i], buffers, start, stored_bytes):
+                if stop == 0 or (found := range_of((keys[i], start, stop))) is None:
+                    return None
+                file, start, stop = found
+                if stop - start != stored_bytes:
+                    raise ValueError(f"{stop - start} bytes where {stored_bytes} belong")
+                file.read_into(buffers, start, stored_bytes)
             if tail:
-                check_tail(outs[i], tail)
-            return outs[i]
+                check_tail(out, tail)
+            return out
 
         return compressed if tail_bytes is None else raw
 
@@ -332,6 +336,10 @@ def _take(answers: list[Any] | None, place: int) -> memoryview | None:
 def _disk_bytes() -> int:
     """Bytes that this thread had the kernel read from block devices; 0 where the kernel does not count them."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock * 512
+
+
+def _not_open(key: str, buffers: Sequence[Any], start: int, size: int) -> bool:
+    return False
 
 
 def _never(span: Span) -> None:

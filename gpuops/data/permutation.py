@@ -22,7 +22,11 @@ Positions = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 """Round keys: uint64 [ROUNDS], or [ROUNDS, n] where each place has a permutation of its own."""
 
+TABLED = 8
+"""The network is computed over its whole domain at once where that is at most so many times the places asked for."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def round_keys(key: Sequence[Any]) -> Keys:
@@ -32,8 +36,7 @@ def round_keys(key: Sequence[Any]) -> Keys:
 
 def keys_of_each(keys: Keys, numbers: Positions) -> Keys:
     """Round keys [ROUNDS, n]: one permutation for each number, equal numbers alike."""
-    with np.errstate(over="ignore"):
-        return _mix(keys[:, None] + _mix((numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN)[None, :])
+    return _mix(keys[:, None] + _mix((numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN)[None, :])
 
 
 def permute(places: Positions, size: int | Positions, keys: Keys) -> Positions:
@@ -51,12 +54,22 @@ def permute(places: Positions, size: int | Positions, keys: Keys) -> Positions:
     limit: Any = size if isinstance(size, int) else size.astype(np.uint64)
     bits: Any = _half(size) if isinstance(size, int) else _halves(size)
     values = places.astype(np.uint64)
+    if isinstance(size, int) and not each and (domain := 1 << 2 * int(bits)) <= TABLED * len(values):
+        return _walk(places, size, _feistel(np.arange(domain, dtype=np.uint64), bits, keys).astype(np.int64))
     pending = np.ones(len(values), bool)
     while pending.any():
         width = bits if isinstance(size, int) else bits[pending]
         values[pending] = _feistel(values[pending], width, keys[:, pending] if each else keys)
         pending = values >= limit
     return values.astype(np.int64)
+
+
+def _walk(places: Positions, size: int, table: Positions) -> Positions:
+    """Cycles walked in a table of the whole network, which a few passes over stragglers would cost more than."""
+    values = table[places]
+    while len(outside := np.flatnonzero(values >= size)):
+        values[outside] = table[values[outside]]
+    return values
 
 
 def _half(size: int) -> np.uint64:
@@ -82,7 +95,6 @@ def _feistel(values: Keys, bits: Any, keys: Keys) -> Keys:
 
 def _mix(value: Keys) -> Keys:
     """splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    value = (value ^ (value >> _SHIFTS[0])) * _FACTORS[0]  # arrays wrap round without a word
+    value = (value ^ (value >> _SHIFTS[1])) * _FACTORS[1]
+    return value ^ (value >> _SHIFTS[2])

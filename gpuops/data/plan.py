@@ -192,7 +192,7 @@ class Planner:
     def _slot(self, ids: Ids, valid: npt.NDArray[np.bool_]) -> Plan:
         """An empty slot, its constants filled in, and the fields that its variables' records go to."""
         record, start = self._sample.split_id(ids)
-        patch = self._sample.patch_of(ids)
+        patch = None if self._sample.grid is None else self._sample.patch_of(ids)
         form = self._forms.get(len(ids)) or self._forms.setdefault(len(ids), self._form(len(ids)))
         buffer = self._pool.take(form[-1][2])
         arrays = [buffer[base:stop].view(dtype).reshape(shape) for shape, dtype, base, stop in form[:-1]]
@@ -203,7 +203,7 @@ class Planner:
             first = 0
             for cut in cuts:
                 out = array[:, first : first + cut.shape[0]]
-                boxes = None if cut.patch is None else cut.patch.boxes(patch)
+                boxes = None if cut.patch is None or patch is None else cut.patch.boxes(patch)
                 if cut.records:
                     gather = _gather(cut, out, record, start, base + first * array.strides[1], boxes)
                     plan.fields.setdefault(cut.variable.name, []).append(gather)

@@ -228,6 +228,8 @@ class BoundSample:
 
     def split_id(self, ids: Ids) -> tuple[Ids, Ids]:
         """(record, start) of sample ids."""
+        if self.per_record == 1:
+            return ids, np.zeros_like(ids)
         record, start = np.divmod(ids // self.patches, self.starts)
         return record, start
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -231,19 +232,23 @@ class ShardIndexes:
             positions = np.ravel_multi_index(tuple(inner.T), self._per)
         numbers = (shards if self._whole else shards * self._pages_each + positions // self._page).tolist()
         pages = self._get(dict.fromkeys(numbers))
-        spans = Spans([], [], [])
-        for number, position in zip(numbers, positions.tolist(), strict=True):
-            page = pages[number]
-            start = stop = 0
-            if (entries := page.entries) is not None:
-                at = 2 * (position - page.first)
-                offset = entries[at]
-                if offset != _ABSENT:
-                    start, stop = offset, offset + entries[at + 1]
-            spans.keys.append(page.key)
-            spans.starts.append(start)
-            spans.stops.append(stop)
-        return spans
+        found = [pages[number] for number in numbers]
+        # Comprehensions, because planning holds the interpreter lock that the decoders wait for.
+        if any(page.entries is None for page in pages.values()):
+            found = [page if page.entries is not None else self._none(page) for page in found]
+        ats = ((positions if self._whole else positions % self._page) * 2).tolist()
+        starts = [page.entries[at] for page, at in zip(found, ats, strict=True)]  # type: ignore[index]
+        sizes = [page.entries[at + 1] for page, at in zip(found, ats, strict=True)]  # type: ignore[index]
+        stops: list[int | None] = list(map(add, starts, sizes))
+        if _ABSENT in starts:
+            absent = [start == _ABSENT for start in starts]
+            starts = [0 if gone else start for start, gone in zip(starts, absent, strict=True)]
+            stops = [0 if gone else stop for stop, gone in zip(stops, absent, strict=True)]
+        return Spans([page.key for page in found], starts, stops)
+
+    def _none(self, page: _Page) -> _Page:
+        """The page of a shard that is not there, with every chunk absent."""
+        return _Page(page.key, page.first, memoryview(np.full(2 * self._page, _ABSENT, np.uint64).tobytes()).cast("Q"))
 
     def _number(self, chunk: Coordinates) -> int:
         outer, inner = np.divmod(np.array(chunk, np.int64), self._per)
@@ -256,9 +261,11 @@ class ShardIndexes:
         awaited: dict[int, Future[_Page]] = {}
         mine: dict[int, Future[_Page]] = {}
         with self._lock:
+            full = self._held > self._budget // 2  # before that none is thrown out, and their order is of no matter
             for number in numbers:
                 if (page := self._pages.get(number)) is not None:
-                    self._pages.move_to_end(number)
+                    if full:
+                        self._pages.move_to_end(number)
                     found[number] = page
                 elif (future := self._underway.get(number)) is not None:
                     awaited[number] = future

@@ -200,6 +200,11 @@ class Files:
                     del self._open[next(iter(self._open))]
         return file
 
+    def read_open(self, key: str, buffers: Sequence[Any], start: int, size: int) -> bool:
+        """Fill buffers of `size` bytes in all from a file that is open; False if it is not, or ends before."""
+        file = self._open.get(key)
+        return file is not None and os.preadv(file.descriptor, buffers, start) == size
+
     def range(self, span: Span) -> tuple[File, int, int] | None:
         """A range: its file, first byte and byte after the last; None if there is no such file."""
         key, start, stop = span
