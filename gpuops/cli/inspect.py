@@ -38,6 +38,7 @@ def inspect(url: str, snapshot: str | None, json: bool) -> None:
         **identity,
         "snapshots": snapshots(source),
         "variables": variables,
+        "wells": _wells(source),
         "channels": {name: list(names) for name, names in source.channels.items()},
         "missing": {dim: _absent(source, dim) for dim in source.absent},
         "quality": _quality(source),
@@ -59,6 +60,9 @@ def _print_variable(name: str, found: dict[str, Any]) -> None:
     if found["missing"] is not None:
         packing += f", {found['missing']:g} is missing"
     sys.stdout.write(f"  packing   {packing}\n")
+    if found["spacing"]:
+        told = (f"{dim} {size:g} {unit}".strip() for dim, (size, unit) in found["spacing"].items())
+        sys.stdout.write(f"  spacing   {', '.join(told)}\n")
     if found["not_read"]:
         sys.stdout.write(f"  not read  {found['not_read']}\n")
     else:
@@ -84,6 +88,8 @@ def _print_variable(name: str, found: dict[str, Any]) -> None:
 
 
 def _print_rest(document: Mapping[str, Any]) -> None:
+    if wells := document["wells"]:
+        sys.stdout.write(f"\nwells: {', '.join(f'{number} {name}' for number, name in enumerate(wells))}\n")
     for name, names in document["channels"].items():
         sys.stdout.write(f"\nchannels of {name}: {', '.join(names)}\n")
     if (declared := document["declared_statistics"]) is not None:
@@ -136,7 +142,9 @@ def _describe(source: Source, variable: Variable, has_records: bool) -> dict[str
         "checksummed": place is not None and place.checksummed,
         "not_read": refused,
         "statistics": _statistics(source, variable),
-        "reingest": None if place is None or not has_records else _gain(variable, place),
+        "spacing": {dim: list(told) for dim, told in source.spacing.get(variable.name, {}).items()},
+        # Of an image it is patches that are read: what a whole one costs says nothing.
+        "reingest": None if place is None or not has_records or source.spacing else _gain(variable, place),
     }
 
 
@@ -149,6 +157,13 @@ def _gain(variable: Variable, place: Layout) -> dict[str, dict[str, float]]:
         "decoded_per_useful_byte": {"now": now.decoded_per_useful, "in_lanes": now.decoded_in_lanes, "after": 1.0},
         "bytes": {"now": size * variable.array.dtype.itemsize, "after": size * packed_itemsize(variable)},
     }
+
+
+def _wells(source: Source) -> list[str]:
+    """Names of the wells of an OME-NGFF plate, by their number."""
+    if not source.spacing or "well" not in source.variables:
+        return []
+    return list(map(str, source.variables["well"].array.attrs["names"]))  # type: ignore[arg-type]
 
 
 def _absent(source: Source, dim: str) -> dict[str, list[Any]]:

@@ -79,14 +79,25 @@ def is_icechunk(url: str | Path) -> bool:
     return "snapshots" in prefixes and not objects & {"zarr.json", ".zgroup", ".zarray"}
 
 
+def can_list(store: zarr.abc.store.Store) -> bool:
+    """Whether a store tells its keys: a web server does not."""
+    import obstore.store
+    from zarr.storage import ObjectStore
+
+    from gpuops.data.view import View
+
+    if isinstance(store, View):
+        return all(map(can_list, store.members.values()))
+    return not (isinstance(store, ObjectStore) and isinstance(store.store, obstore.store.HTTPStore))
+
+
 def entries(store: zarr.abc.store.Store, prefix: str = "") -> Iterator[Entry] | None:
     """Objects of a store, in no order, sizes without a request each; None where a store cannot list with sizes."""
-    import obstore.store
     from zarr.storage import LocalStore, ObjectStore
 
     if isinstance(store, LocalStore):
         return _files(str(store.root), prefix)
-    if isinstance(store, ObjectStore) and not isinstance(store.store, obstore.store.HTTPStore):
+    if isinstance(store, ObjectStore) and can_list(store):
         return _objects(store.store, prefix)
     return None
 

@@ -14,13 +14,14 @@ import numpy.typing as npt
 import zarr
 import zarr.abc.store
 
-from gpuops.data import anemoi
+from gpuops.data import anemoi, ngff
 from gpuops.data.icechunk_store import history, open_session
 from gpuops.data.icechunk_store import local_storage as local_storage
 from gpuops.data.identity import META as META
 from gpuops.data.identity import array_metadata as array_metadata
 from gpuops.data.identity import recorded_fingerprint, weak_fingerprint
 from gpuops.data.identity import strong_fingerprint as strong_fingerprint
+from gpuops.data.ngff import Spacing
 from gpuops.data.place import cannot_open, is_icechunk, local_path, object_store
 from gpuops.data.variable import Variable as Variable
 from gpuops.data.variable import decoded, is_time, read_variable
@@ -56,13 +57,15 @@ class Source:
     missing_chunks: str = "error"
     """What the reader does about a chunk that is not there: "error", or "fill" with the array's fill_value."""
     channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names along axis 1, by variable, where the archive's convention gives them (anemoi)."""
+    """Names along axis 1, by variable, where the archive's convention gives them (anemoi, OME-NGFF)."""
     absent: Mapping[str, Positions] = field(default_factory=dict)
     """Positions that hold no data, sorted, by dimension, where the archive declares them (anemoi's missing dates)."""
     members: Mapping[str, Source] = field(default_factory=dict)
     """The stores of a joined source by name; its variables are named after them ("era5/t2m")."""
     align: str | None = None
     """Dimension that they are aligned on."""
+    spacing: Mapping[str, Spacing] = field(default_factory=dict)
+    """Distance of grid points and its unit ("" if none is given) by dimension, by variable of an OME-NGFF image."""
 
     @property
     def group(self) -> zarr.Group:
@@ -153,10 +156,13 @@ class Source:
         """Physical values, missing data as NaN, and named dimensions (lazy).
 
         Raises:
-            InputError: the stores of a joined source lie on different grids, so that one data set cannot hold them.
+            InputError: the stores of a joined source, or the levels of an image, lie on different grids, so that one
+                data set cannot hold them.
         """
         import xarray as xr
 
+        if self.spacing:
+            raise InputError(f"{self.url} is an image in several levels: take `source.variables[NAME].array`")
         if self.members:
             try:
                 return xr.merge(self._aligned_datasets(), join="exact", compat="override")
@@ -196,7 +202,9 @@ def open(url: str | Path, snapshot: str | None = None, *, missing_chunks: str = 
         store = zarr.storage.LocalStore(path, read_only=True)
     else:
         store = zarr.storage.ObjectStore(object_store(url), read_only=True)
-    group, variables = _read(url, store)
+    group = _root(url, store)
+    images = ngff.read(url, store, group)
+    variables = _arrays(url, group) if images is None else dict(images.variables)
     channels: dict[str, tuple[str, ...]] = {}
     absent: dict[str, Positions] = {}
     if anemoi.is_anemoi(group):
@@ -208,8 +216,12 @@ def open(url: str | Path, snapshot: str | None = None, *, missing_chunks: str = 
     fingerprint = recorded
     if fingerprint is None:
         fingerprint, rests_on = weak_fingerprint(store, snapshot, variables)
-    weak = recorded is None
-    return Source(url, kind, store, snapshot, fingerprint, weak, variables, rests_on, missing_chunks, channels, absent)
+    source = Source(
+        url, kind, store, snapshot, fingerprint, recorded is None, variables, rests_on, missing_chunks, channels, absent
+    )
+    if images is None:
+        return source
+    return replace(source, store=images.store, channels=images.channels, spacing=images.spacing)
 
 
 def _absolute(url: str) -> str:
@@ -221,14 +233,11 @@ def snapshots(source: Source) -> list[dict[str, Any]]:
     return [] if source.snapshot is None else history(source.url, source.snapshot)
 
 
-def _read(url: str, store: zarr.abc.store.Store) -> tuple[zarr.Group, dict[str, Variable]]:
-    """The root group, and every array in it whose path has no part that begins with a dot or an underscore."""
+def _root(url: str, store: zarr.abc.store.Store) -> zarr.Group:
     try:
         with warnings.catch_warnings():
-            # Consolidated v3 metadata, and files beside the arrays (a README): nothing that a reader must act on.
-            warnings.simplefilter("ignore")
-            group = zarr.open_group(store, mode="r")
-            members = dict(group.members(max_depth=None))
+            warnings.simplefilter("ignore")  # consolidated v3 metadata: nothing that a reader must act on
+            return zarr.open_group(store, mode="r")
     except (FileNotFoundError, ValueError, NotADirectoryError, KeyError) as error:
         raise InputError(
             f"{url} is not a Zarr group (no zarr.json or .zgroup): `gpuops ingest` makes one from HDF5 or NetCDF"
@@ -237,6 +246,13 @@ def _read(url: str, store: zarr.abc.store.Store) -> tuple[zarr.Group, dict[str, 
         if type(error).__module__.partition(".")[0] != "obstore":
             raise
         raise cannot_open(url, error) from error
+
+
+def _arrays(url: str, group: zarr.Group) -> dict[str, Variable]:
+    """Every array in a group whose path has no part that begins with a dot or an underscore."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # files beside the arrays (a README)
+        members = dict(group.members(max_depth=None))
     variables = {
         name: read_variable(name, node)
         for name, node in sorted(members.items())
@@ -244,4 +260,4 @@ def _read(url: str, store: zarr.abc.store.Store) -> tuple[zarr.Group, dict[str, 
     }
     if not variables:
         raise InputError(f"{url} holds no arrays: give the path of the group that does")
-    return group, variables
+    return variables

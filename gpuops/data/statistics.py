@@ -26,6 +26,12 @@ COLUMNS = ("count", "mean", "m2", "min", "max")
 """Columns of a row of statistics."""
 SURVEYED = 512
 """Records read for statistics when a store brings none."""
+WHOLE_BYTES = 32 << 20
+"""Bytes of a record up to which all of it is read for that; of a larger one some of its chunks."""
+SURVEYED_BYTES = 4 << 30
+"""Bytes of all larger ones together, about."""
+PARTS = 1024
+"""Most chunks read of one."""
 BLOCK_ROWS = 2**18
 """Most rows of recorded statistics held at one time."""
 
@@ -125,8 +131,28 @@ def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows,
         blocks = [merge(rows)[taken] for rows in _blocks(recorded, _stored(variable, records))]
         return blocks[0] if len(blocks) == 1 else merge(np.stack(blocks)), len(records)
     chosen = records[np.unique(np.linspace(0, len(records) - 1, min(survey, len(records))).astype(np.int64))]
-    stored = (np.asarray(variable.array[int(row)])[channels][None] for row in variable.stored_at(chosen))
-    return merge(np.concatenate([describe(record, *packing) for record in stored])), len(chosen)
+    most = SURVEYED_BYTES // len(chosen)
+    rows = [
+        merge(np.concatenate([describe(part[channels][None], *packing) for part in _parts(variable.array, row, most)]))
+        for row in variable.stored_at(chosen).tolist()
+    ]
+    return merge(np.stack(rows)), len(chosen)
+
+
+def _parts(array: zarr.Array[Any], row: int, most: int) -> Iterator[npt.NDArray[Any]]:
+    """A record as it is stored; of a large image about `most` bytes of it, in whole chunks evenly spaced."""
+    shape = array.shape[1:]
+    if math.prod(shape) * array.dtype.itemsize <= WHOLE_BYTES or len(shape) < 2:
+        yield np.asarray(array[row])
+        return
+    grid = [-(-size // chunk) for size, chunk in zip(shape[1:], array.chunks[2:], strict=True)]
+    part_bytes = shape[0] * math.prod(array.chunks[2:]) * array.dtype.itemsize
+    wanted = min(max(most // part_bytes, 1), PARTS)
+    for number in np.unique(np.linspace(0, math.prod(grid) - 1, wanted).astype(np.int64)):
+        at = np.unravel_index(int(number), grid)
+        inner = [slice(int(i) * c, (int(i) + 1) * c) for i, c in zip(at, array.chunks[2:], strict=True)]
+        box: tuple[int | slice, ...] = (row, slice(None), *inner)
+        yield np.asarray(array[box])
 
 
 def _stored(variable: Variable, records: Runs) -> Runs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,7 @@ def open_transport(store: Store, retry: Retry | None = None) -> Transport:
     if isinstance(store, LocalStore):
         return Files(Path(store.root).joinpath)
     if isinstance(store, View) and store.local:
-        return Files(store.local_path)
+        return Files(store.local_path, store.beside)
     if isinstance(store, ObjectStore):
         return Objects(store.store, retry)
     return Ranges(store, retry)
@@ -142,8 +143,15 @@ class File:
 
     __slots__ = ("descriptor", "nbytes")
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, content: Path | bytes) -> None:
+        """Open what lies at a path, or a nameless file of some bytes, so that what is in memory is a file too."""
+        if isinstance(content, bytes):
+            with tempfile.TemporaryFile() as nameless:
+                nameless.write(content)
+                nameless.flush()
+                self.descriptor = os.dup(nameless.fileno())
+        else:
+            self.descriptor = os.open(content, os.O_RDONLY | os.O_CLOEXEC)
         self.nbytes = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
@@ -173,11 +181,13 @@ def _after(buffers: Sequence[Any], nbytes: int) -> list[memoryview]:
 class Files:
     """Objects of a local directory, through descriptors that stay open. Thread-safe."""
 
-    def __init__(self, path_of: Callable[[str], Path | None]) -> None:
-        """Read the files that keys lie in; None for a key without one."""
+    def __init__(
+        self, path_of: Callable[[str], Path | None], beside: Callable[[str], bytes | None] = lambda key: None
+    ) -> None:
+        """Read the files that keys lie in, None for a key without one, or what lies `beside` them in memory."""
         self.retries = 0
         """None: what a local file system refuses once it refuses again."""
-        self._path_of = path_of
+        self._path_of, self._beside = path_of, beside
         self._open: dict[str, File] = {}
         self._lock = threading.Lock()
 
@@ -185,10 +195,11 @@ class Files:
         """The open file of a key, None if there is none; `keep` it open for the next range of it."""
         if (file := self._open.get(key)) is not None:
             return file
-        if (path := self._path_of(key)) is None:
+        content: Path | bytes | None = self._path_of(key)
+        if content is None and (content := self._beside(key)) is None:
             return None
         try:
-            file = File(path)
+            file = File(content)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

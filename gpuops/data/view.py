@@ -1,4 +1,4 @@
-"""A read-only Zarr store made of others: stores under names, and arrays stacked along a new first axis.
+"""A read-only Zarr store made of others: stores under names, stacks of their arrays, small arrays beside them.
 
 Nothing is copied: keys are translated, and the metadata of a stacked array is made from that of its parts.
 """
@@ -23,7 +23,7 @@ _PROTOTYPE = default_buffer_prototype()
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 _FIRST = ("shape", "data_type", "dtype")
 """What is compared before the rest, which follows from it."""
-_V3, _V2, _V2_ATTRIBUTES = "zarr.json", ".zarray", ".zattrs"
+_V3, _V2, _V2_ATTRIBUTES = _METADATA = "zarr.json", ".zarray", ".zattrs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Stack:
     paths: tuple[str, ...]
     """Where they are."""
     dim: str
-    """Name of the new first dimension."""
+    """Name of the first dimension."""
+    instead: bool = False
+    """Whether it takes the place of the arrays' own first axis, of length 1, instead of lying before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +50,37 @@ class _Stacked:
     """What lies between the numbers of a chunk key."""
     documents: frozenset[str]
     """Keys of its metadata behind the path."""
+    instead: bool
+    """See Stack."""
+
+    def chunks(self, number: int) -> str:
+        """What the keys of a part's chunks begin with."""
+        own = f"0{self.separator}" if self.instead else ""
+        return f"{self.paths[number]}/{self.prefix}{own}"
 
     def key(self, rest: str) -> str | None:
         """Key of the part that holds a chunk of the stack; None if there is none."""
         number, _, own = rest.removeprefix(self.prefix).partition(self.separator)
         if not rest.startswith(self.prefix) or not number.isdecimal() or int(number) >= len(self.paths):
             return None
-        return f"{self.paths[int(number)]}/{self.prefix}{own}"
+        return self.chunks(int(number)) + own
 
 
 class View(Store):
-    """Stores under names, and stacks of their arrays."""
+    """Stores under names, stacks of their arrays, and values beside them."""
 
-    def __init__(self, members: Mapping[str, Store], stacks: Mapping[str, Stack] | None = None) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Store],
+        stacks: Mapping[str, Stack] | None = None,
+        beside: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Look at the parts of the stacks.
 
         Args:
             members: stores by name, which their keys begin with; a single one may have the name "".
             stacks: stacks by path, which hides what a member has there.
+            beside: values by key that hide those of a member, for small arrays that no member has.
 
         Raises:
             InputError: the parts of a stack are not there or differ in shape, dtype, chunks or codecs.
@@ -74,15 +89,23 @@ class View(Store):
         self._is_open = True
         assert "" not in members or len(members) == 1, "a store without a name is the only one"
         self._members = dict(members)
-        self._made = MemoryStore({} if "" in members else {_V3: _encoded(_GROUP)})
-        """Metadata that no member has."""
+        self._beside = dict(beside or {})
+        if "" not in members:
+            self._beside.setdefault(_V3, json.dumps(_GROUP).encode())
+        self._made = MemoryStore({key: _PROTOTYPE.buffer.from_bytes(value) for key, value in self._beside.items()})
+        """What no member has: the values beside them, and metadata of stacks."""
         self._stacks: dict[str, _Stacked] = {}
         for path, stack in (stacks or {}).items():
             self._stacks[path] = sync(self._look_at(path, stack))
 
     @property
+    def members(self) -> Mapping[str, Store]:
+        """The stores by name."""
+        return self._members
+
+    @property
     def local(self) -> bool:
-        """Whether all keys are files of this machine."""
+        """Whether the keys of all members are files of this machine."""
         return all(isinstance(m, LocalStore) or (isinstance(m, View) and m.local) for m in self._members.values())
 
     def local_path(self, key: str) -> Path | None:
@@ -93,6 +116,13 @@ class View(Store):
         if isinstance(member, LocalStore):
             return Path(member.root) / own
         return member.local_path(own) if isinstance(member, View) else None
+
+    def beside(self, key: str) -> bytes | None:
+        """The value of a key that lies beside the members, of this view or of one that is a member; else None."""
+        if key in self._beside:
+            return self._beside[key]
+        member, own = self._locate(key) or (None, "")
+        return member.beside(own) if isinstance(member, View) else None
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """See Store."""
@@ -124,12 +154,30 @@ class View(Store):
         return found is not None and await found[0].exists(found[1])
 
     async def list(self) -> AsyncIterator[str]:
-        """See Store; keys of the parts of a stack are listed where they are."""
+        """See Store; keys of the parts of a stack are listed where they are, too."""
         async for key in self.list_prefix(""):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """See Store."""
+        for key in self._beside:
+            if key.startswith(prefix) and (key != _V3 or "" in self._members):
+                yield key
+        for path, stacked in self._stacks.items():
+            for shown in (f"{path}/{document}" for document in stacked.documents):
+                if shown.startswith(prefix):
+                    yield shown
+            for number in range(len(stacked.paths)):
+                shown, at = f"{path}/{stacked.prefix}{number}{stacked.separator}", stacked.chunks(number)
+                if shown.startswith(prefix) or prefix.startswith(shown):
+                    async for key in self._members_keys(at[: at.rindex("/") + 1]):
+                        if key.startswith(at + prefix[len(shown) :]) and key.rpartition("/")[2] not in _METADATA:
+                            yield shown + key[len(at) :]
+        async for key in self._members_keys(prefix):
+            if key not in self._beside and not any(key.startswith(f"{path}/") for path in self._stacks):
+                yield key
+
+    async def _members_keys(self, prefix: str) -> AsyncIterator[str]:
         for name, member in self._members.items():
             lead = f"{name}/" if name else ""
             if prefix.startswith(lead) or lead.startswith(prefix):
@@ -163,12 +211,17 @@ class View(Store):
         raise PermissionError(f"{key}: a view of other stores is read-only")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, View) and (self._members, self._stacks) == (other._members, other._stacks)
+        if not isinstance(other, View):
+            return NotImplemented
+        parts = ((view._members, view._stacks, view._beside) for view in (self, other))
+        return next(parts) == next(parts)
 
     __hash__ = None  # type: ignore[assignment]
 
     def _locate(self, key: str) -> tuple[Store, str] | None:
         """The store that holds a key, and its key there."""
+        if key in self._beside:
+            return self._made, key
         for path, stacked in self._stacks.items():
             if key.startswith(path) and key[len(path) : len(path) + 1] == "/":
                 rest = key[len(path) + 1 :]
@@ -182,15 +235,15 @@ class View(Store):
         if "" in self._members:
             return self._members[""], key
         name, _, own = key.partition("/")
-        if name in self._members:
-            return self._members[name], own
-        return (self._made, key) if key == _V3 else None
+        return (self._members[name], own) if name in self._members else None
 
     async def _look_at(self, where: str, stack: Stack) -> _Stacked:
         """Make the metadata of a stack from that of its parts."""
         if not stack.paths:
             raise InputError("a stack needs at least one array")
-        first, *others = await asyncio.gather(*(self._documents(path) for path in stack.paths))
+        first = await self._documents(stack.paths[0], _METADATA)
+        form = (_V3 if _V3 in first else _V2,)
+        others = await asyncio.gather(*(self._documents(path, form) for path in stack.paths[1:]))
         for path, other in zip(stack.paths[1:], others, strict=True):
             for what in sorted(_form(first).keys() | _form(other).keys(), key=lambda k: (k not in _FIRST, k)):
                 ours, theirs = _form(first).get(what), _form(other).get(what)
@@ -199,14 +252,13 @@ class View(Store):
                         f"{stack.paths[0]} and {path} cannot be stacked: their {what} is {ours} and {theirs}: open "
                         "them one by one"
                     )
-        documents, prefix, separator = _stacked(first, len(stack.paths), stack.dim, stack.paths[0])
+        documents, prefix, separator = _stacked(first, stack)
         for key, document in documents.items():
             await self._made.set(f"{where}/{key}", _encoded(document))
-        return _Stacked(stack.paths, prefix, separator, frozenset(documents))
+        return _Stacked(stack.paths, prefix, separator, frozenset(documents), stack.instead)
 
-    async def _documents(self, path: str) -> dict[str, dict[str, Any]]:
-        """An array's metadata documents, by key behind its path."""
-        names = (_V3, _V2, _V2_ATTRIBUTES)
+    async def _documents(self, path: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        """Those of an array's metadata documents that are there, by key behind its path."""
         places = [self._member(f"{path}/{name}") for name in names]
         found = await asyncio.gather(*(store.get(key, _PROTOTYPE) for store, key in filter(None, places)))
         documents = {name: json.loads(data.to_bytes()) for name, data in zip(names, found, strict=False) if data}
@@ -225,25 +277,24 @@ def _form(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("attributes", "dimension_names")}
 
 
-def _stacked(
-    documents: Mapping[str, dict[str, Any]], count: int, dim: str, path: str
-) -> tuple[dict[str, dict[str, Any]], str, str]:
-    """Metadata of `count` arrays like one, what their chunk keys begin with, and what separates the numbers."""
+def _stacked(documents: Mapping[str, dict[str, Any]], stack: Stack) -> tuple[dict[str, dict[str, Any]], str, str]:
+    """Metadata of a stack of arrays like one, what chunk keys begin with, and what separates their numbers."""
+    count, dim, path, own = len(stack.paths), stack.dim, stack.paths[0], 1 if stack.instead else 0
     if _V3 not in documents:
         array, attributes = documents[_V2], documents.get(_V2_ATTRIBUTES, {})
-        made = array | {"shape": [count, *array["shape"]], "chunks": [1, *array["chunks"]]}
+        made = array | {"shape": [count, *array["shape"][own:]], "chunks": [1, *array["chunks"][own:]]}
         if "_ARRAY_DIMENSIONS" in attributes:
-            attributes = attributes | {"_ARRAY_DIMENSIONS": [dim, *attributes["_ARRAY_DIMENSIONS"]]}
+            attributes = attributes | {"_ARRAY_DIMENSIONS": [dim, *attributes["_ARRAY_DIMENSIONS"][own:]]}
         return {_V2: made, _V2_ATTRIBUTES: attributes}, "", str(array.get("dimension_separator", "."))
     array = documents[_V3]
-    codecs = [_with_axis(codec, path) for codec in array["codecs"]]
+    codecs = [codec if stack.instead else _with_axis(codec, path) for codec in array["codecs"]]
     grid = array["chunk_grid"]["configuration"]
     names = array.get("dimension_names") or [None] * len(array["shape"])
     made = array | {
-        "shape": [count, *array["shape"]],
-        "chunk_grid": {"name": "regular", "configuration": grid | {"chunk_shape": [1, *grid["chunk_shape"]]}},
+        "shape": [count, *array["shape"][own:]],
+        "chunk_grid": {"name": "regular", "configuration": grid | {"chunk_shape": [1, *grid["chunk_shape"][own:]]}},
         "codecs": codecs,
-        "dimension_names": [dim, *names],
+        "dimension_names": [dim, *names[own:]],
     }
     encoding = array["chunk_key_encoding"]
     plain = encoding["name"] == "v2"

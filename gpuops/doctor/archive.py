@@ -66,15 +66,18 @@ def _ranges(source: Source) -> Iterator[Finding]:
     """Whether an object store answers with the bytes that were asked for, and no more."""
     from zarr.storage import ObjectStore
 
-    if not isinstance(source.store, ObjectStore):
-        return
+    from gpuops.data.view import View
+
+    stores = source.store.members.values() if isinstance(source.store, View) else [source.store]
+    yield from (_answers(source, store.store) for store in stores if isinstance(store, ObjectStore))
+
+
+def _answers(source: Source, objects: Any) -> Finding:
     import obstore
     import obstore.exceptions
 
-    objects = source.store.store
-
     def get(**where: int) -> bytes | None:
-        for key in ("zarr.json", ".zgroup", ".zmetadata"):
+        for key in ("zarr.json", ".zgroup", ".zmetadata", ".zattrs"):
             try:
                 if where:
                     return bytes(obstore.get_range(objects, key, **where))
@@ -90,13 +93,12 @@ def _ranges(source: Source) -> Iterator[Finding]:
     except (obstore.exceptions.BaseError, ValueError):
         good = False
     if good:
-        yield Finding("ok", "byte ranges", "the object store answers ranged requests")
-    else:
-        detail = (
-            "the object store does not answer ranged requests: shards cannot be read in parts, every read is a whole "
-            "object. Serve it from an S3-compatible store, or copy it with `gpuops ingest`"
-        )
-        yield Finding("bad" if _sharded(source) else "note", "byte ranges", detail)
+        return Finding("ok", "byte ranges", "the object store answers ranged requests")
+    detail = (
+        "the object store does not answer ranged requests: shards cannot be read in parts, every read is a whole "
+        "object. Serve it from an S3-compatible store, or copy it with `gpuops ingest`"
+    )
+    return Finding("bad" if _sharded(source) else "note", "byte ranges", detail)
 
 
 def _sharded(source: Source) -> bool:
@@ -172,7 +174,11 @@ def _variable(source: Source, variable: Variable) -> list[Finding]:
         complete = "" if counted is None or not counted.complete else ", no chunk missing"
         detail = f"one record an inner chunk, checksummed ({', '.join(place.codecs)}){complete}"
         findings.append(Finding("ok", name, detail))
-    notes = [*_values(variable, place), *_layout(variable, place, price), *_channels(source, place)]
+    notes = [
+        *_values(variable, place),
+        *_layout(variable, place, price, variable.name in source.spacing),
+        *_channels(source, place),
+    ]
     if counted is None:
         notes.append("the store cannot list its keys: missing chunks are not counted")
     elif not counted.complete:
@@ -197,8 +203,8 @@ def _values(variable: Variable, place: Layout) -> Iterator[str]:
         )
 
 
-def _layout(variable: Variable, place: Layout, price: Cost) -> Iterator[str]:
-    """What a random record costs."""
+def _layout(variable: Variable, place: Layout, price: Cost, patched: bool) -> Iterator[str]:
+    """What a random record costs; of images it is patches that are read."""
     from gpuops.data.cost import LARGE, SMALL
 
     if price.records_per_chunk > 1:
@@ -207,7 +213,7 @@ def _layout(variable: Variable, place: Layout, price: Cost) -> Iterator[str]:
             f"{price.decoded_per_useful:.3g} bytes per useful byte; lanes (the default) decode each chunk "
             f"once ({price.decoded_in_lanes:.3g}), and one record a chunk needs neither (`gpuops ingest`)"
         )
-    if price.chunks_per_record > 1:
+    if price.chunks_per_record > 1 and not patched:
         yield (
             f"a record of {variable.array.shape[1:]} straddles chunks of {place.chunk[1:]}: {price.chunks_per_record} "
             "reads a record; `gpuops ingest` writes one"

@@ -17,7 +17,7 @@ from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from gpuops.data.place import entries
+from gpuops.data.place import can_list, entries
 from gpuops.data.shard import ENTRY_BYTES, Layout
 
 SHARDS = 64
@@ -92,7 +92,7 @@ def _keys(place: Layout, store: zarr.abc.store.Store) -> set[str] | None:
     sized = entries(store, place.array.path)
     if sized is not None:
         return {entry.key for entry in sized if entry.key.rpartition("/")[2] not in _METADATA}
-    if isinstance(store, zarr.storage.ObjectStore):  # a web server
+    if not can_list(store):
         return None
 
     async def listed() -> set[str]:

@@ -14,6 +14,7 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+from gpuops.data.census import Census, count_chunks
 from gpuops.data.shard import ShardIndexes, layout
 from gpuops.data.transport import Files, open_transport
 from gpuops.data.view import Stack, View
@@ -78,6 +79,54 @@ def test_a_stack_is_its_parts(
     assert isinstance(transport, Files)
     with closing(transport):
         np.testing.assert_array_equal(decoded(stacked, transport), expected)
+    # The keys that it lists are those of its metadata and of its chunks, a row of them too.
+    at = stacked.metadata.encode_chunk_key
+    grid = [-(-s // c) for s, c in zip(stacked.shape, stacked.shards or stacked.chunks, strict=True)]
+    chunks = {f"{where}/{at(place)}" for place in np.ndindex(*grid)}
+    keys = listed(view.list_prefix(f"{where}/"))
+    assert {key for key in keys if not key.endswith((".json", ".zarray", ".zattrs"))} == chunks
+    row = f"{where}/{at((0,) * stacked.ndim).removesuffix('0')}"
+    assert listed(view.list_prefix(row)) == {key for key in chunks if key.startswith(row)}
+    assert count_chunks(stacked).absent == 0
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_stack_takes_the_place_of_an_axis_of_one(zarr_format: Any) -> None:
+    store = MemoryStore()
+    for seed in range(3):
+        array = zarr.create_array(
+            store, name=str(seed), shape=(1, 4, 5), chunks=(1, 2, 5), dtype="uint16", zarr_format=zarr_format
+        )
+        array[...] = numbers((1, 4, 5), seed)
+    view = View({"": store}, {"all": Stack(("2", "0", "1"), "image", instead=True)})
+    stacked = zarr.open_array(view, path="all", mode="r")
+    np.testing.assert_array_equal(stacked[...], np.concatenate([numbers((1, 4, 5), seed) for seed in (2, 0, 1)]))
+    assert count_chunks(stacked) == Census(6, 0, None)
+
+
+def test_values_beside_members_hide_theirs(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path, name="x", data=numbers((4,), 0))
+    store = LocalStore(tmp_path, read_only=True)
+    inner = View({"": store}, beside={"x/c/0": b"ours", "y": b"more"})
+    for view, lead in ((inner, ""), (View({"in": inner}), "in/")):
+        assert view.local
+        with closing(open_transport(view)) as transport:
+            assert isinstance(transport, Files)
+            assert [bytes(b) for b in transport.fetch([(f"{lead}x/c/0", 1, 3), (f"{lead}y", -2, None)])] == [
+                b"ur",
+                b"re",
+            ]
+        assert {f"{lead}x/c/0", f"{lead}x/zarr.json", f"{lead}y"} <= listed(view.list())
+        assert asyncio.run(view.exists(f"{lead}y"))
+
+
+def listed(keys: Any) -> set[str]:
+    async def collected() -> list[str]:
+        return [key async for key in keys]
+
+    found = asyncio.run(collected())
+    assert len(found) == len(set(found))
+    return set(found)
 
 
 def members(folder: Path) -> dict[str, Store]:
@@ -109,14 +158,11 @@ def test_stores_under_names(tmp_path: Path) -> None:
             np.testing.assert_array_equal(decoded(array, transport), numbers((4, 5), seed))
     assert isinstance(zarr.open_group(view, mode="r")["memory"], zarr.Group)
 
-    async def listed(keys: Any) -> set[str]:
-        return {key async for key in keys}
-
-    every = asyncio.run(listed(view.list()))
-    assert {f"{name}/{key}" for name, s in stores.items() for key in asyncio.run(listed(s.list()))} == every
-    assert {k for k in every if k.startswith("disk/deep")} == asyncio.run(listed(view.list_prefix("disk/deep")))
-    assert asyncio.run(listed(view.list_dir(""))) == {"disk", "memory", "ice", "zarr.json"}
-    assert asyncio.run(listed(view.list_dir("memory/deep"))) == {"x", "zarr.json"}
+    every = listed(view.list())
+    assert {f"{name}/{key}" for name, s in stores.items() for key in listed(s.list())} == every
+    assert {k for k in every if k.startswith("disk/deep")} == listed(view.list_prefix("disk/deep"))
+    assert listed(view.list_dir("")) == {"disk", "memory", "ice", "zarr.json"}
+    assert listed(view.list_dir("memory/deep")) == {"x", "zarr.json"}
 
 
 def test_ranges_go_to_each_member_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
