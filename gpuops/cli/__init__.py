@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["GPUOPS_LEDGER"] = path
     try:
         _run(parsed.subcommand, options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output (`| head`) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered still goes there at exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except GpuopsError as error:
         _fail(error)
     except ModuleNotFoundError as error:

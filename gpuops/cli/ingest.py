@@ -28,7 +28,7 @@ def ingest(
     loaded = as_recipe(recipe, url, tolerance, options)
     with Ledger(ledger_path()) as ledger, bytes_progress(f"ingest {loaded.url}") as progress:
         source = run_ingest(loaded, overwrite=overwrite, append=append, scheduler=scheduler, progress=progress)
-        found = summary(source, list(loaded.variables))
+        found = summary(source, list(loaded.variables), list(loaded.static))
         ledger.append("ingest", {**found, "recipe": str(recipe)})
     if json:
         print_json(found)
@@ -36,7 +36,7 @@ def ingest(
         fields(found)
 
 
-def summary(source: Source, names: list[str]) -> dict[str, Any]:
+def summary(source: Source, names: list[str], static: list[str]) -> dict[str, Any]:
     """What a commit holds."""
     arrays = [source.variables[name].array for name in names]
     report = source.group[f"{META}/{QUALITY}"].attrs
@@ -55,6 +55,7 @@ def summary(source: Source, names: list[str]) -> dict[str, Any]:
         "url": source.url,
         "snapshot": source.snapshot,
         "fingerprint": source.fingerprint,
+        **({"static": ", ".join(static)} if static else {}),
         "records": arrays[0].shape[0],
         "packed_bytes": sum(array.nbytes for array in arrays),
         "stored_bytes": sum(int(array.nbytes_stored()) for array in arrays),

@@ -19,7 +19,7 @@ from gpuops.data.loader import ZarrLoader, pinned
 from gpuops.data.node_cache import CacheLocation
 from gpuops.data.order import Lanes, Order, Strata
 from gpuops.data.patches import Patch as Patch
-from gpuops.data.prepare import freeze, missing_targets
+from gpuops.data.prepare import freeze, missing_targets, uneven_windows
 from gpuops.data.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, Field, SampleSpec, Window, bind
@@ -153,6 +153,15 @@ class ZarrDataModule(LightningDataModule):
             rank_zero_only(_log.warning)(
                 "target %s holds missing data, which stays NaN: leave it out of the loss, or give the field a `fill`",
                 ", ".join(missing),
+            )
+        crossing, first = uneven_windows(source, self.bound)
+        if crossing:
+            rank_zero_only(_log.warning)(
+                "%d windows span a gap or disorder in %r, the first behind %s: their steps are not equally far apart; "
+                "leave those records out with a Period, or mend the archive",
+                crossing,
+                self.bound.dim,
+                first,
             )
         self.source: Source = source
 

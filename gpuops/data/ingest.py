@@ -7,8 +7,10 @@ a killed ingest finished is taken up by the next one with the same recipe (`gpuo
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +23,16 @@ from zarr.codecs import ZstdCodec
 
 from gpuops.data.block import Block, check_aligned, make_block
 from gpuops.data.census import count_chunks
-from gpuops.data.commit import Kept, fingerprint_of, joined, judge, kept_of, write_meta
+from gpuops.data.commit import QUALITY, Kept, fingerprint_of, joined, judge, kept_of, write_meta
 from gpuops.data.coordinates import Coordinate, check_coordinates, converted, located, make_coordinates
-from gpuops.data.inputs import open_input, variables_of
+from gpuops.data.inputs import divide, open_input, variables_of
 from gpuops.data.packing import Pack, Packing, choose
 from gpuops.data.place import local_path
-from gpuops.data.recipe import Recipe, VariableRecipe, load_recipe, vars_of
+from gpuops.data.recipe import Recipe, StaticRecipe, VariableRecipe, load_recipe, vars_of
 from gpuops.data.schedule import THREADS, run_all
 from gpuops.data.source import META, Source, open
 from gpuops.data.staging import Root, Staging, exists, pickled, staging
+from gpuops.data.static import check_same, make_static, put
 from gpuops.data.writing import Written, census, create, digest_of, packing_attributes, write_shard
 from gpuops.errors import InputError, QualityError
 from gpuops.lineage.version import canonical_json
@@ -94,39 +97,48 @@ def as_recipe(recipe: Any, url: str | None, tolerance: float | None, options: Ma
     Raises:
         InputError: it says nothing that can be ingested, or has no place to write to.
     """
+    known = [name for name in Recipe.__dataclass_fields__ if name not in ("url", "variables")]
+    if wrong := [name for name in options if name not in known]:
+        near = difflib.get_close_matches(wrong[0], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"an ingest has no option {wrong[0]!r}: {hint}")
     if isinstance(recipe, str | Path) and str(recipe).endswith((".yaml", ".yml")):
         recipe = load_recipe(recipe, url)
     if isinstance(recipe, Recipe):
         whole = Recipe(**{**vars_of(recipe), **options, "url": url or recipe.url})
     else:
-        sources, title = _sources(recipe)
+        sources, static, title = _sources(recipe)
         if url is None:
             raise InputError("nothing says where to write: give a url (`--url STORE`)")
         variables = {
             str(name): source if isinstance(source, VariableRecipe) else VariableRecipe(source)
             for name, source in sources.items()
         }
-        whole = Recipe(url, variables, **{"title": title, **options})
+        fields = {name: StaticRecipe(source) for name, source in static.items()}
+        whole = Recipe(url, variables, **{"title": title, "static": fields, **options})
     if tolerance is not None:
-        packed = {name: v if v.pack else replace(v, pack=Pack(tolerance)) for name, v in whole.variables.items()}
-        whole = replace(whole, variables=packed)
+        whole = replace(whole, tolerance=tolerance)
     path = local_path(whole.url)
     return whole if path is None else replace(whole, url=str(path))
 
 
-def _sources(given: Any) -> tuple[Mapping[Any, Any], str]:
-    """Sources by name, and a title, of what is no recipe."""
+def _sources(given: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any], str]:
+    """Sources of variables by name, those of static fields, and a title, of what is no recipe."""
     import xarray as xr
 
     if isinstance(given, str | Path):
         location, _, dataset = str(given).partition("#")
-        return ({dataset.rpartition("/")[2]: str(given)} if dataset else variables_of(location)), ""
+        if dataset:
+            return {dataset.rpartition("/")[2]: str(given)}, {}, ""
+        return *variables_of(location), ""
     if isinstance(given, xr.DataArray):
-        return {str(given.name or "data"): given}, ""
-    if isinstance(given, xr.Dataset):
-        return given.data_vars, str(given.attrs.get("title", ""))
-    if isinstance(given, Mapping):
-        return given, ""
+        return {str(given.name or "data"): given}, {}, ""
+    if isinstance(given, xr.Dataset | Mapping):
+        title = str(given.attrs.get("title", "")) if isinstance(given, xr.Dataset) else ""
+        arrays = dict(given.data_vars if isinstance(given, xr.Dataset) else given)
+        named = {name: array for name, array in arrays.items() if isinstance(array, xr.DataArray) and array.ndim}
+        static = divide({n: (tuple(map(str, a.dims)), a.shape) for n, a in named.items()})[1] if named else []
+        return {n: a for n, a in arrays.items() if n not in static}, {str(n): named[n] for n in static}, title
     raise InputError(f"{type(given).__name__} cannot be ingested: give a recipe, a file or arrays by name")
 
 
@@ -141,6 +153,10 @@ def _check_destination(recipe: Recipe, overwrite: bool, append: bool) -> None:
             raise InputError(f"cannot write to {url}: give a local directory or s3://BUCKET/PREFIX")
         if recipe.format != "icechunk":
             raise InputError(f"cannot write plain Zarr to {url}, where nothing is atomic: use format icechunk")
+    else:
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"cannot write to {path}: {above} is no directory that may be written to")
     there = exists(url)
     if append and not there:
         raise InputError(f"{url} does not exist, so nothing can be appended: leave out --append")
@@ -164,14 +180,18 @@ def _key(recipe: Recipe, blocks: list[Block], append: bool) -> str:
             "dims": list(block.source_dims),
             "meaning": repr((block.source_scale, block.source_offset, block.source_missing, block.fill)),
             "words": [block.unit, block.long_name],
-            "rules": repr((block.rules, recipe.variables[block.name].pack)),
+            "rules": repr((block.rules, _pack(recipe, block))),
             "dtype": str(block.input.dtype),
             "shape": list(block.shape),
         }
         for block in blocks
     ]
     axes = repr((recipe.coordinates, recipe.tiling))
-    document = {**plain, "variables": variables, "coordinates": axes, "append": append}
+    static = {
+        name: [open_input(field.source).identity, repr(replace(field, source=None))]
+        for name, field in recipe.static.items()
+    }
+    document = {**plain, "variables": variables, "static": static, "coordinates": axes, "append": append}
     return hashlib.sha256(canonical_json(document)).hexdigest()[:16]
 
 
@@ -266,6 +286,7 @@ def _carry_out(
     arrays = {block.name: found.pop(block.name) for block in blocks}
     for block in blocks:
         census(arrays[block.name], {part.shard: part.size for part in results[block.name]})
+    report["static"] = plan["static"]
     fingerprint, digests = fingerprint_of(arrays, found, wholes)
     write_meta(group, wholes, digests, fingerprint, report)
     stage.commit(session, recipe.title or "ingest", fingerprint)
@@ -293,13 +314,15 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
         group = zarr.open_group(store, mode="r+")
         old = {block.name: _array_of(group, block.name, stage.destination) for block in blocks}
         _check_same_variables(group, old, stage.destination)
-        blocks = [_fitted(recipe, block, old[block.name], stage.destination) for block in blocks]
+        said: Any = group[f"{META}/{QUALITY}"].attrs["variables"]
+        blocks = [_fitted(recipe, block, old[block.name], said[block.name], stage.destination) for block in blocks]
     else:
         blocks = [_packed(recipe, block, scheduler) for block in blocks]
         group = zarr.create_group(
             store, attributes={"title": recipe.title, "Conventions": "CF-1.10"}, overwrite=stage.in_place
         )
     coordinates = make_coordinates(recipe, blocks)
+    static = make_static(recipe, blocks)
     kept: dict[str, Kept | None] = {block.name: None for block in blocks}
     arrays = {}
     for block in blocks:
@@ -311,7 +334,12 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
         else:
             arrays[block.name] = create(group, block, recipe, located(recipe, coordinates))
     if stage.append:
-        coordinates = _grown(group, coordinates, blocks[0], set(arrays))
+        recorded = dict(group[f"{META}/{QUALITY}"].attrs.get("static", {}))  # type: ignore[arg-type]
+        check_same(group, list(recorded), static)
+        coordinates = _grown(group, coordinates, blocks[0], {*arrays, *recorded})
+    else:
+        put(group, static)
+        recorded = {name: field.report for name, field in static.items()}
     for name, coordinate in coordinates.items():
         _put(group, name, coordinate)
     plan = {
@@ -322,6 +350,7 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
         "chunks": chunks,
         "axes": check_coordinates(recipe, coordinates, blocks[0].dims[0]),
         "kept": kept,
+        "static": recorded,
     }
     return {**plan, "root": stage.save_plan(plan)}
 
@@ -345,9 +374,17 @@ def _source_chunks(block: Block) -> dict[str, int] | None:
     return {"expected": found.expected, "absent": found.absent}
 
 
+def _pack(recipe: Recipe, block: Block) -> Pack | None:
+    """How a variable is to be packed: as it says itself, floats as the recipe says."""
+    own = recipe.variables[block.name].pack
+    if own is not None or recipe.tolerance is None or block.input.dtype.kind != "f":
+        return own
+    return Pack(recipe.tolerance)
+
+
 def _packed(recipe: Recipe, block: Block, scheduler: str) -> Block:
     """The block with its packing; the data is read once more if no range is declared."""
-    pack = recipe.variables[block.name].pack
+    pack = _pack(recipe, block)
     if pack is None:
         return block
     rules = block.rules
@@ -395,16 +432,21 @@ def _check_same_variables(group: zarr.Group, given: Mapping[str, Any], place: st
         raise InputError(f"{place} also has {', '.join(absent)}: append every variable, or ingest into another place")
 
 
-def _fitted(recipe: Recipe, block: Block, array: zarr.Array[Any], place: str) -> Block:
-    """The block as the store's array goes on; InputError names what differs."""
+def _fitted(recipe: Recipe, block: Block, array: zarr.Array[Any], said: Mapping[str, Any], place: str) -> Block:
+    """The block as the store's array goes on, packed as that is; InputError names what differs."""
     attributes = array.attrs.asdict()
-    pack = recipe.variables[block.name].pack
-    if pack is not None:
-        if array.dtype.kind not in "iu" or "_FillValue" not in attributes:
-            raise InputError(f"{block.name} is stored as {array.dtype}, not packed: append it without pack")
+    pack, recorded = _pack(recipe, block), said["pack"]
+    if pack is not None and recorded is None:
+        raise InputError(f"{block.name} is stored as {array.dtype}, not packed: append it without pack")
+    if pack is not None and pack.tolerance != recorded["tolerance"]:
+        raise InputError(
+            f"{block.name} is packed within {recorded['tolerance']:g} in the store, not {pack.tolerance:g}: leave the "
+            "tolerance out to go on in the store's"
+        )
+    if recorded is not None:
         scale, offset, missing = (attributes[key] for key in ("scale_factor", "add_offset", "_FillValue"))
-        stored = Packing(array.dtype, float(scale), float(offset), int(missing), pack.tolerance)  # type: ignore[arg-type]
-        block = replace(block, packing=stored)
+        kept = Packing(array.dtype, float(scale), float(offset), int(missing), recorded["tolerance"])  # type: ignore[arg-type]
+        block = replace(block, packing=kept)
     dims = tuple(getattr(array.metadata, "dimension_names", None) or ())
     want: dict[str, Any] = {"dtype": array.dtype.name, "record": list(array.shape[1:]), "dims": list(dims)}
     got: dict[str, Any] = {"dtype": block.dtype.name, "record": list(block.shape[1:]), "dims": list(block.dims)}

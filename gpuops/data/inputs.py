@@ -53,6 +53,8 @@ class Input:
         if self._handle is None:
             self._handle = self.opened()
         values = np.asarray(_computed(self._handle[index]))
+        if values.dtype.kind == "b":
+            values = values.view(np.uint8)
         if values.dtype.kind in "iu" and values.dtype.kind != self.dtype.kind:  # NetCDF's attribute _Unsigned
             values = values.view(values.dtype.str.replace(values.dtype.kind, self.dtype.kind))
         return values
@@ -66,13 +68,20 @@ class Input:
 
 
 def open_input(source: Any) -> Input:
-    """An input for a recipe's `source`.
+    """An input for a recipe's `source`; booleans are read as 0 and 1, and say so as xarray does (`dtype: bool`).
 
     Raises:
         InputError: a missing package or file, a truncated file, or no such dataset; the message lists what there is.
     """
     if isinstance(source, Input):
         return source
+    found = _opened(source)
+    if found.dtype.kind == "b":
+        found.dtype, found.attributes = np.dtype("uint8"), {**found.attributes, "dtype": "bool"}
+    return found
+
+
+def _opened(source: Any) -> Input:
     if not isinstance(source, str | Path):
         return _of_array(source)
     url = str(source)
@@ -89,8 +98,10 @@ def open_input(source: Any) -> Input:
     return _of_path(Path(location), dataset, url)
 
 
-def variables_of(location: str) -> dict[str, str]:
-    """Sources of all numeric variables of a file or store that share the sample axis of the largest, by name.
+def variables_of(location: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Sources of the variables of a file or store, by name: those with the sample axis of the largest, and static ones.
+
+    What is neither, or holds no numbers, is named in a warning.
 
     Raises:
         InputError: nothing there, or nothing that can be ingested without a recipe.
@@ -114,20 +125,35 @@ def variables_of(location: str) -> dict[str, str]:
     usable = {
         name: (dims, shape)
         for name, (dims, shape, dtype) in arrays.items()
-        if dims and dtype.kind in "iuf" and not (len(dims) == 1 and dims[0] == name) and 0 not in shape
+        if dims and dtype.kind in "iufb" and dims != (name,) and 0 not in shape
     }
     if not usable:
         raise InputError(
             f"{location} has no variable of numbers to ingest: write a recipe (`gpuops demo --recipe DIR`)"
         )
-    axis = max(usable.values(), key=lambda v: int(np.prod(v[1])))[0][0]
-    if left_out := sorted(name for name, (dims, _) in usable.items() if dims[0] != axis):
-        _log.warning(
-            "left out, because they do not have the sample axis %r: %s (a store read in place may hold such variables)",
-            axis,
-            ", ".join(left_out),
-        )
-    return {name: f"{location}#{name}" for name, (dims, _) in usable.items() if dims[0] == axis}
+    moving, static, axis = divide(usable)
+    if left_out := sorted(usable.keys() - {*moving, *static}):
+        _log.warning("left out, because they lie neither on %r nor inside its records: %s", axis, ", ".join(left_out))
+    if odd := [f"{n} ({d})" for n, (dims, _, d) in sorted(arrays.items()) if n not in usable and dims != (n,)]:
+        _log.warning("left out, because they hold no numbers that a model could take: %s", ", ".join(odd))
+    return {name: f"{location}#{name}" for name in moving}, {name: f"{location}#{name}" for name in static}
+
+
+Form = tuple[tuple[str, ...], tuple[int, ...]]
+"""Dimensions and shape."""
+
+
+def divide(forms: Mapping[str, Form]) -> tuple[list[str], list[str], str]:
+    """Names of the variables with the sample axis, names of the static ones, and the sample axis.
+
+    The sample axis is the first one of the largest variable; static is what has only dimensions behind it. A variable
+    that is neither is in no list.
+    """
+    axis = max(forms.values(), key=lambda form: int(np.prod(form[1])))[0][0]
+    moving = {name: form for name, form in forms.items() if form[0][0] == axis}
+    inner = {pair for dims, shape in moving.values() for pair in zip(dims[1:], shape[1:], strict=True)}
+    static = [n for n, form in forms.items() if n not in moving and set(zip(*form, strict=True)) <= inner]
+    return list(moving), static, axis
 
 
 def _of_path(path: Path, dataset: str, url: str) -> Input:
@@ -198,7 +224,10 @@ def _of_hdf5(path: Path, dataset: str) -> Input:
     if not scaled:
         return _with_attributes(found, attributes)
     group, _, name = dataset.rpartition("/")
-    return _described(found, path, name, group or None)
+    described = _described(found, path, name, group or None)
+    if attributes.get("dtype") == "bool":  # xarray keeps this one to itself
+        described.attributes = {**described.attributes, "dtype": "bool"}
+    return described
 
 
 def _of_netcdf3(path: Path, dataset: str) -> Input:
@@ -242,7 +271,16 @@ def _described(found: Input, path: Path, name: str, group: str | None) -> Input:
     return _with_attributes(found, attributes)
 
 
-CF_ATTRIBUTES = ("units", "long_name", "scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
+CF_ATTRIBUTES = (
+    "units",
+    "long_name",
+    "scale_factor",
+    "add_offset",
+    "_FillValue",
+    "missing_value",
+    "_Unsigned",
+    "dtype",
+)
 """Attributes of a source that a recipe may leave out."""
 
 

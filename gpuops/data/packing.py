@@ -75,11 +75,17 @@ def choose(name: str, pack: Pack, low: float, high: float) -> Packing:
         high: largest physical value.
 
     Raises:
-        InputError: no allowed dtype has enough steps; the message says how many are needed.
+        InputError: no allowed dtype has enough steps, and the message says how many are needed; or the tolerance is
+            as large as the range, so that nothing would be left of the data.
     """
     if not (math.isfinite(low) and math.isfinite(high)) or high < low:
         raise InputError(
             f"{name}: {low:g} to {high:g} is no range to pack: declare minimum and maximum, or mend the data"
+        )
+    if 0 < high - low <= pack.tolerance:
+        raise InputError(
+            f"{name}: {low:g} to {high:g} within {pack.tolerance:g} would all be one number: give a tolerance well "
+            "below the range"
         )
     scale = pack.tolerance * _STEP
     # A step below what float64 tells apart at this magnitude would be lost when values are unpacked.

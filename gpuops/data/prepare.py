@@ -51,6 +51,26 @@ def missing_targets(source: Source, bound: BoundSample, records: Runs) -> list[s
     return list(dict.fromkeys(found))
 
 
+def uneven_windows(source: Source, bound: BoundSample) -> tuple[int, str]:
+    """How many windows along the sample axis span a gap or disorder in its coordinate, and where the first of them is.
+
+    A step is a gap from 1.5 times the median step on, so that months of 28 to 31 days are none.
+    """
+    if bound.length == 1:
+        return 0, ""
+    try:
+        values = source.coordinate(bound.dim)
+    except InputError:
+        return 0, ""
+    if values.dtype.kind not in "iufM":
+        return 0, ""
+    steps = np.diff(values).astype(np.float64)
+    odd = (steps <= 0) | (steps >= 1.5 * np.median(steps))
+    before = np.concatenate([[0], np.cumsum(odd)])
+    crossing = before[bound.length - 1 :] > before[: len(before) - bound.length + 1]
+    return int(crossing.sum()), str(values[int(odd.argmax())]) if odd.any() else ""
+
+
 def _part(source: Source, cut: Cut, records: Runs, fill: bool) -> Part:
     field, variable = cut.field, cut.variable
     dtype = str(variable.array.dtype)

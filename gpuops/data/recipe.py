@@ -5,10 +5,13 @@ What a recipe leaves out is taken from the source where the source names it (CF 
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +49,22 @@ class VariableRecipe:
     """Store physical values as integers that keep a tolerance."""
     quality: Rules = field(default_factory=Rules)
     """Rules that block the commit when broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRecipe:
+    """A field without the sample axis, which belongs to every record (elevation, a land-sea mask)."""
+
+    source: Any = None
+    """As that of a variable; of a glob all files must hold the same values."""
+    dims: list[str] = field(default_factory=list)
+    """Names of the source's dimensions, in its order; may be left out where the source names them."""
+    fill: float | None = None
+    """Physical value that training and serving put in the place of missing data."""
+    unit: str | None = None
+    """Unit of the physical values; the source's units, else 1."""
+    long_name: str | None = None
+    """What it is, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +123,14 @@ class Recipe:
     """Records an inner chunk: what a reader decodes at once."""
     shard_records: int | None = None
     """Records a shard, made a multiple of chunk_records; chosen by size if None."""
+    tolerance: float | None = None
+    """Pack float variables that have no `pack` of their own within this absolute error, physical units."""
+    static: dict[str, StaticRecipe] = field(default_factory=dict)
+    """Fields that belong to every record, by name in the store; stored whole, as they are."""
 
     def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            Pack(self.tolerance)
         if self.codec not in CODECS:
             raise InputError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
         if self.format not in FORMATS:
@@ -123,6 +148,7 @@ def load_recipe(path: str | Path, url: str | None = None) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"recipe {file} does not exist: `gpuops demo --recipe DIR` writes one to start from")
+    check_keys(_document(file), Recipe, f"recipe {file}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     try:
@@ -134,6 +160,37 @@ def load_recipe(path: str | Path, url: str | None = None) -> Recipe:
         if not isinstance(variable.source, str):
             raise InputError(f"recipe {file}: {name} has no source: name a file or a store")
     return Recipe(**{**vars_of(recipe), "url": url or recipe.url})
+
+
+def _document(file: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def check_keys(document: Any, kind: Any, where: str) -> None:
+    """Find a key in a document that the dataclass `kind`, or one inside it, does not have.
+
+    Raises:
+        InputError: the key, where it is, and the one that is most like it; values are looked at by nobody here.
+    """
+    if is_dataclass(kind) and isinstance(document, Mapping):
+        hints = get_type_hints(kind)
+        for key, value in document.items():
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise InputError(f"{where} has no key {key!r}: {hint}There are {', '.join(hints)}")
+            check_keys(value, hints[key], f"{where}: {key}")
+    elif get_origin(kind) is dict and isinstance(document, Mapping):
+        for key, value in document.items():
+            check_keys(value, get_args(kind)[1], f"{where}: {key}")
+    elif get_origin(kind) in (Union, UnionType):
+        for choice in filter(is_dataclass, get_args(kind)):
+            check_keys(document, choice, where)
 
 
 def vars_of(recipe: Recipe) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def create(root: zarr.Group, block: Block, recipe: Recipe, located: list[str]) -
 def packing_attributes(block: Block) -> dict[str, Any]:
     """The CF attributes that say what a variable's stored values mean."""
     attributes: dict[str, Any] = {"scale_factor": block.scale, "add_offset": block.offset, "units": block.unit}
+    if block.packing is None and block.input.attributes.get("dtype") == "bool":
+        attributes["dtype"] = "bool"
     return attributes if block.missing is None else {**attributes, "_FillValue": block.missing}
 
 

@@ -260,3 +260,14 @@ def test_the_recipe_can_be_copied(tmp_path: Path) -> None:
         "baselines.py",
     }
     assert_one_line(run_cli("demo", "--recipe", tmp_path / "mine"), "exists")
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    write_atlas(tmp_path)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "gpuops.cli", "doctor", "--json"]
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE

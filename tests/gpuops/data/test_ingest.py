@@ -398,6 +398,18 @@ def test_remote_destinations_are_refused(atlas: Atlas, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [], "a folder called ftp: was made"
 
 
+def test_a_destination_that_cannot_be_made_is_refused(atlas: Atlas, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    recipe = make_recipe(atlas, tmp_path / "file" / "deep" / "store")
+    with pytest.raises(InputError, match=r"cannot write to .*store: .*file is no directory"):
+        ingest(recipe)
+
+
+def test_an_option_that_there_is_not_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no option 'shard_record': did you mean 'shard_records'"):
+        ingest({"a": np.zeros((4, 3))}, url=tmp_path / "s", shard_record=3)
+
+
 def test_the_url_argument_wins(atlas: Atlas, tmp_path: Path) -> None:
     source = ingest(make_recipe(atlas, tmp_path / "a"), url=str(tmp_path / "b"))
     assert source.url == str(tmp_path / "b")

@@ -13,7 +13,7 @@ from series_room import RECORDS, independent, series
 import gpuops as go
 from gpuops.data import ingest as ingest_module
 from gpuops.data.source import snapshots
-from gpuops.errors import InputError, IntegrityError
+from gpuops.errors import InputError, IntegrityError, QualityError
 
 SHARD = 4
 
@@ -62,6 +62,27 @@ def test_a_packed_series_goes_on_in_its_packing(tmp_path: Path) -> None:
     assert source.variable("temperature").array.dtype == np.int16
     assert source.fingerprint == whole.fingerprint
     assert source.group[".gpuops/quality"].attrs["variables"] == whole.group[".gpuops/quality"].attrs["variables"]
+
+
+def test_an_append_keeps_the_tolerance_of_the_store(tmp_path: Path) -> None:
+    def kelvin(first: int, last: int) -> xr.Dataset:
+        return series(first, last).drop_vars("rain")
+
+    go.ingest(kelvin(0, 10), url=tmp_path / "s", tolerance=0.01)
+    for tolerance in (0.1, 0.001):
+        with pytest.raises(
+            InputError, match=rf"packed within 0.01 in the store, not {tolerance}: leave the tolerance out"
+        ):
+            go.ingest(kelvin(10, 20), url=tmp_path / "s", append=True, tolerance=tolerance)
+    source = go.ingest(kelvin(10, 20), url=tmp_path / "s", append=True)
+    assert source.variable("temperature").array.dtype == np.int16
+    assert float(np.abs(source.to_xarray().temperature - kelvin(0, 20).temperature).max()) <= 0.01
+    far = kelvin(20, 30)
+    with pytest.raises(QualityError, match=r"pack within 0.01"):
+        go.ingest(far.assign(temperature=far.temperature + 1e4), url=tmp_path / "s", append=True)
+    go.ingest(kelvin(0, 10), url=tmp_path / "f")
+    with pytest.raises(InputError, match="is stored as float32, not packed: append it without pack"):
+        go.ingest(kelvin(10, 20), url=tmp_path / "f", append=True, tolerance=0.01)
 
 
 def go_pack(tolerance: float, low: float, high: float) -> Any:

@@ -70,9 +70,10 @@ def test_a_recipe_in_yaml(atlas: Atlas, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (edit("tilling", {"size": 10}), "tilling"),
-        (edit("variables.altitude.scal", 1.0), "scal"),
-        (edit("variables.altitude.quality", {"valid_mni": 1}), "valid_mni"),
+        (edit("tilling", {"size": 10}), "yaml has no key 'tilling': did you mean 'tiling'. There are url, "),
+        (edit("variables.altitude.scal", 1.0), "yaml: variables: altitude has no key 'scal': did you mean 'scale'"),
+        (edit("variables.altitude.pack", {"tolerence": 1}), "altitude: pack has no key 'tolerence'.*'tolerance'"),
+        (edit("variables.altitude.quality", {"valid_mni": 1}), "quality has no key 'valid_mni'.*'valid_min'"),
         (edit("variables.altitude.scale", "steep"), "scale.*steep"),
         (edit("variables.altitude.dims", 3), "dims"),
         (edit("variables", 3), "variables"),
@@ -96,7 +97,7 @@ def test_a_recipe_in_yaml(atlas: Atlas, tmp_path: Path) -> None:
         (edit("tiling", None), "differ in"),
         (edit("coordinates.day", {"first": 1, "step": 1}), "dimension 'day'; the variables have latitude"),
     ],
-    ids=[str(i) for i in range(25)],
+    ids=[str(i) for i in range(26)],
 )
 def test_each_mistake_is_named(
     atlas: Atlas, tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str | None
@@ -167,7 +168,7 @@ def test_the_same_number_of_tiles_of_other_places_is_refused(tmp_path: Path) -> 
         ingest(file)
 
 
-@pytest.mark.parametrize("values", [np.zeros((0, 2, 2), np.uint8), np.zeros((3, 2), bool), np.zeros(3, "c8")])
+@pytest.mark.parametrize("values", [np.zeros((0, 2, 2), np.uint8), np.zeros((3, 2), "S2"), np.zeros(3, "c8")])
 def test_sources_that_hold_no_numbers(tmp_path: Path, values: Any) -> None:
     with pytest.raises(InputError, match=r"a: .*give numbers"):
         ingest(write_series(tmp_path, values))
