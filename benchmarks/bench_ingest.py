@@ -26,8 +26,8 @@ import zarr
 from harness import Row
 from zarr.codecs import ZstdCodec
 
-from gpuops.data.ingest import ingest
-from gpuops.data.recipe import Recipe, VariableRecipe
+from gpuops.data.writing.ingest import ingest
+from gpuops.data.writing.recipe import Recipe, VariableRecipe
 
 RECORD = (256, 512)
 SHARDS = 16

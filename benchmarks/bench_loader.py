@@ -46,8 +46,8 @@ from loader_peers import OPTIONAL, DataLoaderPeer, installed, peers
 from loader_subjects import BATCH, Contender, Epoch, Subject, epoch, read_afresh, read_gpuops, steps
 
 from gpuops.data import sample, source
-from gpuops.data.node_cache import CacheLocation
-from gpuops.data.reader import Reader
+from gpuops.data.reading.node_cache import CacheLocation
+from gpuops.data.reading.reader import Reader
 
 PACKAGES = ("numpy", "zarr", "numcodecs", "zstandard", "crc32c", "icechunk", "obstore", "torch", *OPTIONAL)
 MEMORY_CASE = "memory-50GB"

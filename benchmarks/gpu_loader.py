@@ -27,7 +27,7 @@ from torch import nn
 import gpuops as go
 from gpuops.data.loader import ZarrLoader, pinned
 from gpuops.data.order import Order
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.sample import Field
 from gpuops.preprocess.module import PreprocessModule
 

@@ -22,7 +22,7 @@ from loader_subjects import BATCH, epoch
 from zarr.codecs import ZstdCodec
 
 from gpuops.data import sample, source
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 
 SHARD = 256
 """Samples of a shard."""

@@ -11,7 +11,7 @@ import numpy as np
 from loader_cases import VARIABLE, Fields
 
 from gpuops.data.order import Lanes, Order
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.sample import BoundSample, Ids
 from gpuops.data.source import Source
 

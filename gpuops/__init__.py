@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gpuops.data.datamodule import ZarrDataModule as ZarrDataModule
-    from gpuops.data.ingest import ingest as ingest
     from gpuops.data.join import open as open
+    from gpuops.data.writing.ingest import ingest as ingest
     from gpuops.export import export as export
     from gpuops.export.formats import load_bundle as load_bundle
     from gpuops.preprocess.steps import Preprocess as Preprocess
@@ -23,7 +23,7 @@ _HOME = {
     "Preprocess": "gpuops.preprocess.steps",
     "ZarrDataModule": "gpuops.data.datamodule",
     "export": "gpuops.export",
-    "ingest": "gpuops.data.ingest",
+    "ingest": "gpuops.data.writing.ingest",
     "load_bundle": "gpuops.export.formats",
     "open": "gpuops.data.join",
 }

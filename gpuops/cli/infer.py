@@ -12,8 +12,8 @@ import numpy.typing as npt
 from gpuops.bundle import read_bundle
 from gpuops.cli.output import fields, print_json
 from gpuops.data.join import open
-from gpuops.data.plan import Slot
-from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.reading.plan import Slot
+from gpuops.data.reading.reader import Reader, wire_inputs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source
 from gpuops.energy.sensor import open_sensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gpuops.cli.output import bytes_progress, fields, print_json
-from gpuops.data.commit import QUALITY
-from gpuops.data.ingest import as_recipe
-from gpuops.data.ingest import ingest as run_ingest
 from gpuops.data.source import META, Source
+from gpuops.data.writing.commit import QUALITY
+from gpuops.data.writing.ingest import as_recipe
+from gpuops.data.writing.ingest import ingest as run_ingest
 from gpuops.lineage.ledger import Ledger, ledger_path
 
 

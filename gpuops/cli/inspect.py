@@ -12,7 +12,7 @@ from gpuops.cli.output import fields, print_json
 from gpuops.data import anemoi
 from gpuops.data.cost import cost, packed_itemsize, sampled
 from gpuops.data.identity import META
-from gpuops.data.shard import Layout, layout
+from gpuops.data.reading.shard import Layout, layout
 from gpuops.data.source import Source, Variable, open, snapshots
 from gpuops.data.statistics import merge
 from gpuops.errors import InputError

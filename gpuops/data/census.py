@@ -14,8 +14,8 @@ import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.sync import sync
 
-from gpuops.data.shard import layout
-from gpuops.data.transport import read_ranges
+from gpuops.data.reading.shard import layout
+from gpuops.data.reading.transport import read_ranges
 from gpuops.errors import InputError
 
 _BATCH = 256

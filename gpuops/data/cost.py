@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gpuops.data.shard import Layout
+from gpuops.data.reading.shard import Layout
 from gpuops.data.source import Source
 from gpuops.data.variable import Variable
 

@@ -13,14 +13,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from gpuops.data.counters import Counters
 from gpuops.data.join import open
 from gpuops.data.loader import ZarrLoader, pinned
-from gpuops.data.node_cache import CacheLocation
 from gpuops.data.order import Lanes, Order, Strata
 from gpuops.data.patches import Patch as Patch
 from gpuops.data.prepare import freeze, missing_targets, uneven_windows
-from gpuops.data.reader import Reader
+from gpuops.data.reading.counters import Counters
+from gpuops.data.reading.node_cache import CacheLocation
+from gpuops.data.reading.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, Field, SampleSpec, Window, bind
 from gpuops.data.sampling import Foreground, Stratified, Weighted, stratify

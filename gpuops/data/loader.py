@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gpuops.data.order import Order
-from gpuops.data.plan import Slot
-from gpuops.data.reader import Reader
+from gpuops.data.reading.plan import Slot
+from gpuops.data.reading.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Ids
 from gpuops.errors import IntegrityError

@@ -15,7 +15,7 @@ from typing import Any
 import zarr
 from zarr.abc.store import Store
 
-from gpuops.data.transport import read_ranges
+from gpuops.data.reading.transport import read_ranges
 from gpuops.errors import InputError
 
 KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.memory import Chunk, Key
+from gpuops.data.reading.memory import Chunk, Key
 from gpuops.errors import InputError
 
 Ids = npt.NDArray[np.int64]

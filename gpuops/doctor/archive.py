@@ -12,7 +12,7 @@ from gpuops.spec import DTYPES
 
 if TYPE_CHECKING:
     from gpuops.data.cost import Cost
-    from gpuops.data.shard import Layout
+    from gpuops.data.reading.shard import Layout
     from gpuops.data.source import Source
     from gpuops.data.variable import Variable
     from gpuops.doctor.missing import Presence
@@ -158,7 +158,7 @@ def _variable(source: Source, variable: Variable) -> list[Finding]:
     import numpy as np
 
     from gpuops.data.cost import cost
-    from gpuops.data.shard import layout
+    from gpuops.data.reading.shard import layout
     from gpuops.doctor.missing import look
 
     name = variable.name

@@ -18,7 +18,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from gpuops.data.place import can_list, entries
-from gpuops.data.shard import ENTRY_BYTES, Layout
+from gpuops.data.reading.shard import ENTRY_BYTES, Layout
 
 SHARDS = 64
 """Shard indexes read for one array, evenly spaced over its keys."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpuops.bundle import Golden, file_sha256
 from gpuops.data.join import reopen
-from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.reading.reader import Reader, wire_inputs
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source

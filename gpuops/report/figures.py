@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from gpuops.bundle import Bundle
 from gpuops.data.join import reopen
-from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.reading.reader import Reader, wire_inputs
 from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, Cut, SampleSpec, bind
 from gpuops.data.source import Source

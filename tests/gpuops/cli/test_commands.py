@@ -230,7 +230,7 @@ class TestIngest:
     def test_termination_leaves_nothing(self, recipe: Path) -> None:
         """SIGTERM while shards are written: no half store, no temporary directory."""
         code = (
-            "import os, signal, sys, gpuops.data.ingest as i\n"
+            "import os, signal, sys, gpuops.data.writing.ingest as i\n"
             "write = i._write_shard\n"
             "def dying(*a):\n    os.kill(os.getpid(), signal.SIGTERM); return write(*a)\n"
             "i._write_shard = dying\n"

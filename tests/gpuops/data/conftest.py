@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data_room import Atlas, make_recipe, write_atlas
 from object_store import ObjectStorage, running_s3
 
-from gpuops.data.ingest import ingest
 from gpuops.data.source import Source
+from gpuops.data.writing.ingest import ingest
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """What the tests of the data room share: an atlas, recipes, samples, and oracles that use none of our code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,12 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.quality import Rules
-from gpuops.data.recipe import Axis, Recipe, Tiling, VariableRecipe
+from gpuops.data.datamodule import ZarrDataModule
 from gpuops.data.sample import Field, SampleSpec, Window
+from gpuops.data.source import Source
+from gpuops.data.split import Holdout
+from gpuops.data.writing.quality import Rules
+from gpuops.data.writing.recipe import Axis, Recipe, Tiling, VariableRecipe
 
 TILE, REGION = 10, 2
 SCALE, HEIGHT, SEA = 0.05, 28.0, 255
@@ -113,3 +118,29 @@ FORECAST = SampleSpec(
     window=Window("month", 4, cyclic=True),
 )
 """Three months and the altitude in, the fourth month out, round the year."""
+
+
+@contextmanager
+def data_module(store: Source | str, **changes: Any) -> Iterator[ZarrDataModule]:
+    options: dict[str, Any] = {
+        "inputs": dict(FORECAST.inputs),
+        "targets": dict(FORECAST.targets),
+        "window": FORECAST.window,
+        "holdout": Holdout("region", 0.34),
+        "global_batch": 16,
+        **changes,
+    }
+    module = ZarrDataModule(store if isinstance(store, str) else store.url, **options)
+    module.setup()
+    try:
+        yield module
+    finally:
+        module.teardown()
+
+
+def ids(batches: Any) -> list[int]:
+    return [sample for batch in batches for sample in batch["id"][batch["valid"]].tolist()]
+
+
+def take(iterator: Iterator[Any], count: int) -> list[Any]:
+    return [next(iterator) for _ in range(count)]

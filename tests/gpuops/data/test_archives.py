@@ -16,7 +16,7 @@ from object_store import ObjectStorage, running_web
 
 from gpuops.data import anemoi
 from gpuops.data.icechunk_store import storage
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.sample import BoundSample, Cut, Field, SampleSpec, Window, bind
 from gpuops.data.source import Source, open, snapshots
 from gpuops.data.variable import decoded, read_variable

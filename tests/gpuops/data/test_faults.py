@@ -17,10 +17,10 @@ from object_store import ObjectStorage
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, WrapperStore
 
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
+from gpuops.data.reading.transport import Files, Retry, open_transport, read_ranges
 from gpuops.data.sample import Field, SampleSpec, bind
 from gpuops.data.source import Source, open
-from gpuops.data.transport import Files, Retry, open_transport, read_ranges
 from gpuops.errors import IntegrityError
 
 WHOLE = SampleSpec({"x": [Field("a")]}, {})

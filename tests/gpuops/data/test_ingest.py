@@ -18,12 +18,12 @@ import zarr
 from data_room import HEIGHT, SCALE, SEA, TILE, Atlas, change, make_recipe, write_series
 
 import gpuops as go
-from gpuops.data import ingest as ingest_module
-from gpuops.data.ingest import ingest
-from gpuops.data.quality import Rules
-from gpuops.data.recipe import Axis, Recipe, Tiling, VariableRecipe
-from gpuops.data.shard import Layout
+from gpuops.data.reading.shard import Layout
 from gpuops.data.source import Source
+from gpuops.data.writing import ingest as ingest_module
+from gpuops.data.writing.ingest import ingest
+from gpuops.data.writing.quality import Rules
+from gpuops.data.writing.recipe import Axis, Recipe, Tiling, VariableRecipe
 from gpuops.drift import Sketch
 from gpuops.errors import InputError, IntegrityError, QualityError
 
@@ -185,7 +185,7 @@ def test_variables_of_different_dimensions_share_coordinates(tmp_path: Path) -> 
 def test_shards_are_whole_whatever_their_number(
     atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, tile: int
 ) -> None:
-    monkeypatch.setattr("gpuops.data.writing.SHARDS", shards)
+    monkeypatch.setattr("gpuops.data.writing.shards.SHARDS", shards)
     calls: list[tuple[str, int, int]] = []
     write = ingest_module._write_shard
 

@@ -11,8 +11,8 @@ from object_store import ObjectStorage
 from series_room import RECORDS, independent, series
 
 import gpuops as go
-from gpuops.data import ingest as ingest_module
 from gpuops.data.source import snapshots
+from gpuops.data.writing import ingest as ingest_module
 from gpuops.errors import InputError, IntegrityError, QualityError
 
 SHARD = 4
@@ -86,13 +86,13 @@ def test_an_append_keeps_the_tolerance_of_the_store(tmp_path: Path) -> None:
 
 
 def go_pack(tolerance: float, low: float, high: float) -> Any:
-    from gpuops.data.packing import Pack
+    from gpuops.data.writing.packing import Pack
 
     return Pack(tolerance, low, high)
 
 
 def packed(data: xr.Dataset, packs: dict[str, Any]) -> dict[str, Any]:
-    from gpuops.data.recipe import VariableRecipe
+    from gpuops.data.writing.recipe import VariableRecipe
 
     return {name: VariableRecipe(data[name], pack=pack) for name, pack in packs.items()}
 

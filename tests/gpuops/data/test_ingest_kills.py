@@ -13,8 +13,8 @@ import xarray as xr
 from series_room import independent, series
 
 import gpuops as go
-from gpuops.data import ingest as ingest_module
-from gpuops.data.staging import Root, Staging
+from gpuops.data.writing import ingest as ingest_module
+from gpuops.data.writing.staging import Root, Staging
 from gpuops.errors import InputError, IntegrityError
 
 ARGUMENTS: dict[str, Any] = {"shard_records": 2, "codec": "zstd"}
@@ -155,7 +155,7 @@ import os, select, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import dask.array, dask.config, distributed, icechunk, xarray, zarr
-import gpuops.data.ingest, gpuops.data.source
+import gpuops.data.writing.ingest, gpuops.data.source
 import test_ingest_kills as kills
 
 def child(case, folder, format):

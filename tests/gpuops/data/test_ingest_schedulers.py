@@ -14,8 +14,8 @@ import zarr
 from series_room import independent, plain_store, series
 
 import gpuops as go
-from gpuops.data.quality import Rules
-from gpuops.data.recipe import VariableRecipe
+from gpuops.data.writing.quality import Rules
+from gpuops.data.writing.recipe import VariableRecipe
 from gpuops.errors import QualityError, UnavailableError
 
 
@@ -68,7 +68,7 @@ def test_the_same_fingerprint_from_any_number_of_workers(tmp_path: Path, workers
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuops.data.schedule._CONNECT_S", 0.2)
+    monkeypatch.setattr("gpuops.data.writing.schedule._CONNECT_S", 0.2)
     with pytest.raises(UnavailableError, match=r"no Dask cluster answers at tcp://127.0.0.1:1 "):
         go.ingest(series(), url=tmp_path / "s", scheduler="tcp://127.0.0.1:1")
     assert not list(tmp_path.iterdir())

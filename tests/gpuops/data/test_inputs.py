@@ -17,9 +17,9 @@ from series_room import independent, series
 import gpuops as go
 from gpuops.cli import main
 from gpuops.data.census import count_chunks
-from gpuops.data.inputs import open_input, variables_of
-from gpuops.data.quality import AxisRules, Rules
-from gpuops.data.recipe import Axis, Recipe, VariableRecipe
+from gpuops.data.writing.inputs import open_input, variables_of
+from gpuops.data.writing.quality import AxisRules, Rules
+from gpuops.data.writing.recipe import Axis, Recipe, VariableRecipe
 from gpuops.errors import InputError, QualityError
 
 PACKED = {"temperature": {"dtype": "i2", "scale_factor": 0.01, "add_offset": 280.0, "_FillValue": -32767}}

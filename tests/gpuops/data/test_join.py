@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuops.data.datamodule import ZarrDataModule
-from gpuops.data.ingest import ingest
 from gpuops.data.join import open, reopen
 from gpuops.data.patches import Patch
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Field, SampleSpec, Window, bind
 from gpuops.data.sampling import Foreground, Stratified
 from gpuops.data.source import Source
 from gpuops.data.split import Holdout, Period
 from gpuops.data.statistics import mean_std
+from gpuops.data.writing.ingest import ingest
 from gpuops.errors import InputError
 
 ORIGIN = np.datetime64("2020-01-01", "ns")

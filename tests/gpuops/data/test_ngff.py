@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from gpuops.data.datamodule import ZarrDataModule
 from gpuops.data.join import open
 from gpuops.data.patches import Patch
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.sample import Field, SampleSpec, bind
 from gpuops.data.split import Holdout, Period
 from gpuops.errors import InputError

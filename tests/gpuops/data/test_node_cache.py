@@ -14,11 +14,11 @@ import zarr
 from object_store import ObjectStorage
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from gpuops.data.node_cache import CACHED, CacheLocation, NodeCache
-from gpuops.data.reader import Reader
+from gpuops.data.reading.node_cache import CACHED, CacheLocation, NodeCache
+from gpuops.data.reading.reader import Reader
+from gpuops.data.reading.transport import Span
 from gpuops.data.sample import Field, SampleSpec, bind
 from gpuops.data.source import open as open_source
-from gpuops.data.transport import Span
 from gpuops.errors import InputError
 
 RANGE, RANGES = 1000, 40

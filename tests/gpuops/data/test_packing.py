@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from series_room import independent, series
 
 import gpuops as go
-from gpuops.data.packing import Pack, apply, choose
-from gpuops.data.quality import Rules
-from gpuops.data.recipe import VariableRecipe
+from gpuops.data.writing.packing import Pack, apply, choose
+from gpuops.data.writing.quality import Rules
+from gpuops.data.writing.recipe import VariableRecipe
 from gpuops.errors import InputError, QualityError
 
 numbers = st.floats(-1e6, 1e6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpuops.data.datamodule import ZarrDataModule
 from gpuops.data.patches import Patch
-from gpuops.data.reader import Reader
+from gpuops.data.reading.reader import Reader
 from gpuops.data.sample import Field, SampleSpec, Window, bind
 from gpuops.data.source import open
 from gpuops.data.split import Holdout

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpuops.data.quality import Rules, check, gate
+from gpuops.data.writing.quality import Rules, check, gate
 from gpuops.errors import QualityError
 
 PACKING = (0.5, -10.0, 255)

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.core.sync import sync
 
-from gpuops.data import filler
-from gpuops.data.counters import Counters
-from gpuops.data.reader import Reader, wire_inputs
+from gpuops.data.reading import filler
+from gpuops.data.reading.counters import Counters
+from gpuops.data.reading.reader import Reader, wire_inputs
+from gpuops.data.reading.transport import File
 from gpuops.data.sample import Field, SampleSpec, Window, bind
 from gpuops.data.source import Source, open
-from gpuops.data.transport import File
 from gpuops.errors import InputError, IntegrityError
 
 

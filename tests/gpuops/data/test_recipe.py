@@ -11,9 +11,9 @@ import yaml
 import zarr
 from data_room import Atlas, make_recipe, write_series
 
-from gpuops.data.ingest import ingest
-from gpuops.data.inputs import open_input
-from gpuops.data.recipe import Axis, axis_values, load_recipe
+from gpuops.data.writing.ingest import ingest
+from gpuops.data.writing.inputs import open_input
+from gpuops.data.writing.recipe import Axis, axis_values, load_recipe
 from gpuops.errors import InputError
 
 

@@ -23,8 +23,8 @@ from zarr.codecs import (
 )
 from zarr.storage import LocalStore
 
-from gpuops.data.shard import ShardIndexes, layout
-from gpuops.data.transport import read_ranges
+from gpuops.data.reading.shard import ShardIndexes, layout
+from gpuops.data.reading.transport import read_ranges
 from gpuops.errors import InputError, IntegrityError
 
 CHAINS: dict[str, list[Any]] = {

@@ -10,8 +10,8 @@ import xarray as xr
 import zarr
 from data_room import Atlas, make_recipe
 
-from gpuops.data.ingest import ingest
 from gpuops.data.source import Source, local_storage, open, snapshots
+from gpuops.data.writing.ingest import ingest
 from gpuops.errors import InputError
 
 

@@ -9,8 +9,8 @@ import xarray as xr
 import yaml
 
 import gpuops as go
-from gpuops.data.recipe import Recipe, StaticRecipe, Tiling, VariableRecipe
 from gpuops.data.sample import Field
+from gpuops.data.writing.recipe import Recipe, StaticRecipe, Tiling, VariableRecipe
 from gpuops.errors import InputError, IntegrityError
 from tests.conftest import run_cli
 from tests.gpuops.data.series_room import independent, series
@@ -137,7 +137,7 @@ def test_files_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuops.data.static.StaticField.same", lambda self, array: False)
+    monkeypatch.setattr("gpuops.data.writing.static.StaticField.same", lambda self, array: False)
     with pytest.raises(IntegrityError, match="height did not read back"):
         go.ingest(with_static(), url=tmp_path / "s")
     assert not list(tmp_path.iterdir())

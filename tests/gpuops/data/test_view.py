@@ -15,8 +15,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
 from gpuops.data.census import Census, count_chunks
-from gpuops.data.shard import ShardIndexes, layout
-from gpuops.data.transport import Files, open_transport
+from gpuops.data.reading.shard import ShardIndexes, layout
+from gpuops.data.reading.transport import Files, open_transport
 from gpuops.data.view import Stack, View
 from gpuops.errors import InputError
 

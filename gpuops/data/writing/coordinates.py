@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.quality import Violation, check_axis
-from gpuops.data.recipe import Recipe, axis_values
+from gpuops.data.writing.quality import Violation, check_axis
+from gpuops.data.writing.recipe import Recipe, axis_values
 from gpuops.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from gpuops.data.block import Block
+    from gpuops.data.writing.block import Block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +127,7 @@ def check_coordinates(
     recipe: Recipe, coordinates: Mapping[str, Coordinate], sample_axis: str
 ) -> tuple[dict[str, Any], list[Violation]]:
     """Findings by coordinate (those with rules, and the sample axis), and broken rules."""
-    from gpuops.data.quality import AxisRules
+    from gpuops.data.writing.quality import AxisRules
 
     found: dict[str, Any] = {}
     violations: list[Violation] = []

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from gpuops.data.block import Block
-from gpuops.data.quality import Violation, duplicates, gate
 from gpuops.data.source import META, array_metadata, strong_fingerprint
 from gpuops.data.statistics import COLUMNS
-from gpuops.data.writing import FOUND, Written
+from gpuops.data.writing.block import Block
+from gpuops.data.writing.quality import Violation, duplicates, gate
+from gpuops.data.writing.shards import FOUND, Written
 from gpuops.errors import InputError
 
 QUALITY = "quality"

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import ZstdCodec
 
-from gpuops.data.block import Block
-from gpuops.data.inputs import Input, open_input
-from gpuops.data.recipe import Recipe, StaticRecipe
+from gpuops.data.writing.block import Block
+from gpuops.data.writing.inputs import Input, open_input
+from gpuops.data.writing.recipe import Recipe, StaticRecipe
 from gpuops.errors import InputError, IntegrityError
 
 _KEPT = ("scale_factor", "add_offset", "units", "long_name", "standard_name", "_FillValue", "missing_value", "dtype")

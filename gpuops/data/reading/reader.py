@@ -16,15 +16,15 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.counters import Counters
-from gpuops.data.filler import Filler
-from gpuops.data.memory import Allocate, Memory
-from gpuops.data.node_cache import CacheLocation, NodeCache
-from gpuops.data.plan import Plan, Planner, Slot, Stored, give_up
+from gpuops.data.reading.counters import Counters
+from gpuops.data.reading.filler import Filler
+from gpuops.data.reading.memory import Allocate, Memory
+from gpuops.data.reading.node_cache import CacheLocation, NodeCache
+from gpuops.data.reading.plan import Plan, Planner, Slot, Stored, give_up
+from gpuops.data.reading.shard import ShardIndexes, layout
+from gpuops.data.reading.transport import Files, Retry, open_transport
 from gpuops.data.sample import BoundSample, Ids
-from gpuops.data.shard import ShardIndexes, layout
 from gpuops.data.source import Source
-from gpuops.data.transport import Files, Retry, open_transport
 from gpuops.errors import InputError
 
 BUDGET_BYTES = 512 * 2**20

@@ -26,7 +26,7 @@ from typing import Any
 
 import crc32c
 
-from gpuops.data.transport import OPEN_FILES, File, Span, Transport
+from gpuops.data.reading.transport import OPEN_FILES, File, Span, Transport
 from gpuops.errors import InputError
 
 CACHED = object()

@@ -2,7 +2,7 @@
 
 Whole shards only, one Dask task a shard. Each task reads its block, checks the declared rules, computes statistics,
 writes the shard, reads it back and compares it with what it wrote. The commit happens once, if every task passed. What
-a killed ingest finished is taken up by the next one with the same recipe (`gpuops.data.staging`).
+a killed ingest finished is taken up by the next one with the same recipe (`gpuops.data.writing.staging`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from gpuops.data.block import Block, check_aligned, make_block
 from gpuops.data.census import count_chunks
-from gpuops.data.commit import QUALITY, Kept, fingerprint_of, joined, judge, kept_of, write_meta
-from gpuops.data.coordinates import Coordinate, check_coordinates, converted, located, make_coordinates
-from gpuops.data.inputs import divide, open_input, variables_of
-from gpuops.data.packing import Pack, Packing, choose
 from gpuops.data.place import local_path
-from gpuops.data.recipe import Recipe, StaticRecipe, VariableRecipe, load_recipe, vars_of
-from gpuops.data.schedule import THREADS, run_all
 from gpuops.data.source import META, Source, open
-from gpuops.data.staging import Root, Staging, exists, pickled, staging
-from gpuops.data.static import check_same, make_static, put
-from gpuops.data.writing import Written, census, create, digest_of, packing_attributes, write_shard
+from gpuops.data.writing.block import Block, check_aligned, make_block
+from gpuops.data.writing.commit import QUALITY, Kept, fingerprint_of, joined, judge, kept_of, write_meta
+from gpuops.data.writing.coordinates import Coordinate, check_coordinates, converted, located, make_coordinates
+from gpuops.data.writing.inputs import divide, open_input, variables_of
+from gpuops.data.writing.packing import Pack, Packing, choose
+from gpuops.data.writing.recipe import Recipe, StaticRecipe, VariableRecipe, load_recipe, vars_of
+from gpuops.data.writing.schedule import THREADS, run_all
+from gpuops.data.writing.shards import Written, census, create, digest_of, packing_attributes, write_shard
+from gpuops.data.writing.staging import Root, Staging, exists, pickled, staging
+from gpuops.data.writing.static import check_same, make_static, put
 from gpuops.errors import InputError, QualityError
 from gpuops.lineage.version import canonical_json
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.quality import Violation
+from gpuops.data.writing.quality import Violation
 from gpuops.errors import InputError
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")

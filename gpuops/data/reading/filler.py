@@ -16,11 +16,11 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from gpuops.data.codec import check_tail
-from gpuops.data.counters import Counters
-from gpuops.data.node_cache import CACHED, NodeCache
-from gpuops.data.plan import Plan, Planner, Reads
-from gpuops.data.transport import File, Files, Span, Transport
+from gpuops.data.reading.codec import check_tail
+from gpuops.data.reading.counters import Counters
+from gpuops.data.reading.node_cache import CACHED, NodeCache
+from gpuops.data.reading.plan import Plan, Planner, Reads
+from gpuops.data.reading.transport import File, Files, Span, Transport
 from gpuops.errors import IntegrityError
 
 DISK_SHARE = 1 / 8

@@ -13,12 +13,12 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 
-from gpuops.data.block import Block, Records, pieces
-from gpuops.data.quality import Violation, check, constant
-from gpuops.data.recipe import Recipe
-from gpuops.data.shard import ShardIndexes, layout
+from gpuops.data.reading.shard import ShardIndexes, layout
+from gpuops.data.reading.transport import read_ranges
 from gpuops.data.statistics import describe
-from gpuops.data.transport import read_ranges
+from gpuops.data.writing.block import Block, Records, pieces
+from gpuops.data.writing.quality import Violation, check, constant
+from gpuops.data.writing.recipe import Recipe
 from gpuops.drift import Sketch
 from gpuops.errors import IntegrityError
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.inputs import Input, open_input
-from gpuops.data.packing import Packing, apply
-from gpuops.data.quality import Rules, Violation
-from gpuops.data.recipe import Tiling, VariableRecipe
+from gpuops.data.writing.inputs import Input, open_input
+from gpuops.data.writing.packing import Packing, apply
+from gpuops.data.writing.quality import Rules, Violation
+from gpuops.data.writing.recipe import Tiling, VariableRecipe
 from gpuops.errors import InputError
 
 _PIECE = 2**21

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.coordinates import Coordinate, joined, of_xarray
+from gpuops.data.writing.coordinates import Coordinate, joined, of_xarray
 from gpuops.errors import InputError, UnavailableError
 
 HDF5_MAGIC = b"\x89HDF"

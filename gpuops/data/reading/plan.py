@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.memory import Allocate, Chunk, Key, Memory, Pool
 from gpuops.data.patches import Boxes, chunks_of, intersects, read_box
+from gpuops.data.reading.memory import Allocate, Chunk, Key, Memory, Pool
+from gpuops.data.reading.shard import Coordinates, Layout, ShardIndexes, Spans
 from gpuops.data.sample import BoundSample, Cut, Ids
-from gpuops.data.shard import Coordinates, Layout, ShardIndexes, Spans
 
 ALIGN_BYTES = 64
 """Tensors of a slot begin on multiples of this."""

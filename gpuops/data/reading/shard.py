@@ -22,8 +22,8 @@ import zarr
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.codecs import ShardingCodec
 
-from gpuops.data.codec import Chain, chain_v2, chain_v3, strip_crc32c
-from gpuops.data.transport import Span, Transport, open_transport
+from gpuops.data.reading.codec import Chain, chain_v2, chain_v3, strip_crc32c
+from gpuops.data.reading.transport import Span, Transport, open_transport
 from gpuops.errors import InputError, IntegrityError
 
 Coordinates = tuple[int, ...]

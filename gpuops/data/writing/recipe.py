@@ -16,8 +16,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.data.packing import Pack
-from gpuops.data.quality import AxisRules, Rules
+from gpuops.data.writing.packing import Pack
+from gpuops.data.writing.quality import AxisRules, Rules
 from gpuops.errors import InputError
 
 CODECS = ("zstd", "blosc-lz4", "blosc-zstd", "none")
