@@ -263,7 +263,7 @@ class View(Store):
         found = await asyncio.gather(*(store.get(key, _PROTOTYPE) for store, key in filter(None, places)))
         documents = {name: json.loads(data.to_bytes()) for name, data in zip(names, found, strict=False) if data}
         if _V2 not in documents and documents.get(_V3, {}).get("node_type") != "array":
-            raise InputError(f"there is no array {path!r} to stack")
+            raise InputError(f"there is no array {path!r} to stack with others: restore it, or open them one by one")
         return documents if _V3 not in documents else {_V3: documents[_V3]}
 
 

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
 from gpuops.data.census import count_chunks
 from gpuops.data.place import local_path
 from gpuops.data.source import META, Source, open
+from gpuops.data.writing.append import array_of, check_same_variables, fitted, grown_coordinates
 from gpuops.data.writing.block import Block, check_aligned, make_block
 from gpuops.data.writing.commit import QUALITY, Kept, fingerprint_of, joined, judge, kept_of, write_meta
-from gpuops.data.writing.coordinates import Coordinate, check_coordinates, converted, located, make_coordinates
-from gpuops.data.writing.inputs import divide, open_input, variables_of
-from gpuops.data.writing.packing import Pack, Packing, choose
+from gpuops.data.writing.coordinates import Coordinate, check_coordinates, located, make_coordinates
+from gpuops.data.writing.inputs import chosen, divide, open_input, variables_of
+from gpuops.data.writing.packing import choose
 from gpuops.data.writing.recipe import Recipe, StaticRecipe, VariableRecipe, load_recipe, vars_of
 from gpuops.data.writing.schedule import THREADS, run_all
-from gpuops.data.writing.shards import Written, census, create, digest_of, packing_attributes, write_shard
+from gpuops.data.writing.shards import Written, census, create, digest_of, write_shard
 from gpuops.data.writing.staging import Root, Staging, exists, pickled, staging
 from gpuops.data.writing.static import check_same, make_static, put
 from gpuops.errors import InputError, QualityError
@@ -133,12 +133,16 @@ def _sources(given: Any) -> tuple[Mapping[Any, Any], Mapping[str, Any], str]:
         return *variables_of(location), ""
     if isinstance(given, xr.DataArray):
         return {str(given.name or "data"): given}, {}, ""
-    if isinstance(given, xr.Dataset | Mapping):
-        title = str(given.attrs.get("title", "")) if isinstance(given, xr.Dataset) else ""
-        arrays = dict(given.data_vars if isinstance(given, xr.Dataset) else given)
-        named = {name: array for name, array in arrays.items() if isinstance(array, xr.DataArray) and array.ndim}
+    if isinstance(given, xr.Dataset):
+        arrays = {str(name): array for name, array in given.data_vars.items()}
+        forms = {name: (tuple(map(str, a.dims)), a.shape, a.dtype) for name, a in arrays.items()}
+        moving, static = chosen("the data set", forms)
+        title = str(given.attrs.get("title", ""))
+        return {name: arrays[name] for name in moving}, {name: arrays[name] for name in static}, title
+    if isinstance(given, Mapping):
+        named = {name: array for name, array in given.items() if isinstance(array, xr.DataArray) and array.ndim}
         static = divide({n: (tuple(map(str, a.dims)), a.shape) for n, a in named.items()})[1] if named else []
-        return {n: a for n, a in arrays.items() if n not in static}, {str(n): named[n] for n in static}, title
+        return {n: a for n, a in given.items() if n not in static}, {str(n): named[n] for n in static}, ""
     raise InputError(f"{type(given).__name__} cannot be ingested: give a recipe, a file or arrays by name")
 
 
@@ -180,7 +184,7 @@ def _key(recipe: Recipe, blocks: list[Block], append: bool) -> str:
             "dims": list(block.source_dims),
             "meaning": repr((block.source_scale, block.source_offset, block.source_missing, block.fill)),
             "words": [block.unit, block.long_name],
-            "rules": repr((block.rules, _pack(recipe, block))),
+            "rules": repr((block.rules, recipe.pack_of(block.name, block.input.dtype))),
             "dtype": str(block.input.dtype),
             "shape": list(block.shape),
         }
@@ -312,10 +316,10 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
     store = stage.begin()
     if stage.append:
         group = zarr.open_group(store, mode="r+")
-        old = {block.name: _array_of(group, block.name, stage.destination) for block in blocks}
-        _check_same_variables(group, old, stage.destination)
+        old = {block.name: array_of(group, block.name, stage.destination) for block in blocks}
+        check_same_variables(group, old, stage.destination)
         said: Any = group[f"{META}/{QUALITY}"].attrs["variables"]
-        blocks = [_fitted(recipe, block, old[block.name], said[block.name], stage.destination) for block in blocks]
+        blocks = [fitted(recipe, block, old[block.name], said[block.name], stage.destination) for block in blocks]
     else:
         blocks = [_packed(recipe, block, scheduler) for block in blocks]
         group = zarr.create_group(
@@ -336,7 +340,7 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
     if stage.append:
         recorded = dict(group[f"{META}/{QUALITY}"].attrs.get("static", {}))  # type: ignore[arg-type]
         check_same(group, list(recorded), static)
-        coordinates = _grown(group, coordinates, blocks[0], {*arrays, *recorded})
+        coordinates = grown_coordinates(group, coordinates, blocks[0], {*arrays, *recorded})
     else:
         put(group, static)
         recorded = {name: field.report for name, field in static.items()}
@@ -374,17 +378,9 @@ def _source_chunks(block: Block) -> dict[str, int] | None:
     return {"expected": found.expected, "absent": found.absent}
 
 
-def _pack(recipe: Recipe, block: Block) -> Pack | None:
-    """How a variable is to be packed: as it says itself, floats as the recipe says."""
-    own = recipe.variables[block.name].pack
-    if own is not None or recipe.tolerance is None or block.input.dtype.kind != "f":
-        return own
-    return Pack(recipe.tolerance)
-
-
 def _packed(recipe: Recipe, block: Block, scheduler: str) -> Block:
     """The block with its packing; the data is read once more if no range is declared."""
-    pack = _pack(recipe, block)
+    pack = recipe.pack_of(block.name, block.input.dtype)
     if pack is None:
         return block
     rules = block.rules
@@ -412,78 +408,6 @@ class FindRange:
     def __call__(self, span: tuple[int, int]) -> tuple[float, float]:
         """Smallest and largest value of records span[0] to span[1]."""
         return self.block.range(*span)
-
-
-# appending
-
-
-def _array_of(group: zarr.Group, name: str, place: str) -> zarr.Array[Any]:
-    node = group.get(name)
-    if not isinstance(node, zarr.Array):
-        raise InputError(f"{place} has no variable {name!r}: append the same variables, or ingest into another place")
-    return node
-
-
-def _check_same_variables(group: zarr.Group, given: Mapping[str, Any], place: str) -> None:
-    stats = group.get(f"{META}/stats")
-    if not isinstance(stats, zarr.Group):
-        raise InputError(f"{place} was not written by gpuops, so nothing can be appended: ingest it into another place")
-    if absent := sorted(set(stats.array_keys()) - set(given)):
-        raise InputError(f"{place} also has {', '.join(absent)}: append every variable, or ingest into another place")
-
-
-def _fitted(recipe: Recipe, block: Block, array: zarr.Array[Any], said: Mapping[str, Any], place: str) -> Block:
-    """The block as the store's array goes on, packed as that is; InputError names what differs."""
-    attributes = array.attrs.asdict()
-    pack, recorded = _pack(recipe, block), said["pack"]
-    if pack is not None and recorded is None:
-        raise InputError(f"{block.name} is stored as {array.dtype}, not packed: append it without pack")
-    if pack is not None and pack.tolerance != recorded["tolerance"]:
-        raise InputError(
-            f"{block.name} is packed within {recorded['tolerance']:g} in the store, not {pack.tolerance:g}: leave the "
-            "tolerance out to go on in the store's"
-        )
-    if recorded is not None:
-        scale, offset, missing = (attributes[key] for key in ("scale_factor", "add_offset", "_FillValue"))
-        kept = Packing(array.dtype, float(scale), float(offset), int(missing), recorded["tolerance"])  # type: ignore[arg-type]
-        block = replace(block, packing=kept)
-    dims = tuple(getattr(array.metadata, "dimension_names", None) or ())
-    want: dict[str, Any] = {"dtype": array.dtype.name, "record": list(array.shape[1:]), "dims": list(dims)}
-    got: dict[str, Any] = {"dtype": block.dtype.name, "record": list(block.shape[1:]), "dims": list(block.dims)}
-    keys = ("scale_factor", "add_offset", "units", "_FillValue")
-    want |= {key: attributes.get(key) for key in keys}
-    ours = packing_attributes(block)
-    got |= {key: ours.get(key) for key in keys}
-    if different := [key for key in want if want[key] != got[key]]:
-        first = different[0]
-        raise InputError(
-            f"{block.name} differs from the store's in {', '.join(different)} ({first} {got[first]}, there "
-            f"{want[first]}): nothing was appended; mend the recipe or ingest into another place"
-        )
-    return replace(block, before=array.shape[0], old=open_input(f"{place}#{block.name}"))
-
-
-def _grown(
-    group: zarr.Group, coordinates: Mapping[str, Coordinate], block: Block, variables: set[str]
-) -> dict[str, Coordinate]:
-    """The store's coordinates with those of the appended records behind them."""
-    there = {name: array for name, array in group.arrays() if name not in variables}
-    if set(there) != set(coordinates):
-        raise InputError(f"the store has coordinates {sorted(there)}, these records bring {sorted(coordinates)}")
-    grown = {}
-    for name, array in there.items():
-        attributes, old = array.attrs.asdict(), np.asarray(array[:])
-        new = converted(name, coordinates[name], attributes)
-        values = new.values
-        if new.dim == block.dims[0]:
-            if name == new.dim and (again := np.isin(values, old)).any():
-                first = values[again.argmax()]
-                raise InputError(f"{name} {first} is in the store already: nothing was appended")
-            values = np.concatenate([old, values.astype(np.promote_types(old.dtype, values.dtype))])
-        elif not np.array_equal(old, values):
-            raise InputError(f"coordinate {name!r} differs from the store's: these records lie at other places")
-        grown[name] = Coordinate(values, attributes, new.dim)
-    return grown
 
 
 def _put(group: zarr.Group, name: str, coordinate: Coordinate) -> None:

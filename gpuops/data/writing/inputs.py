@@ -122,25 +122,35 @@ def variables_of(location: str) -> tuple[dict[str, str], dict[str, str]]:
         _check_file(path, location)
         with xr.open_dataset(path, engine=_engine(path), decode_cf=False, **_phony(path)) as dataset:
             arrays = {str(n): (tuple(map(str, v.dims)), v.shape, v.dtype) for n, v in dataset.variables.items()}
+    moving, static = chosen(location, arrays)
+    return {name: f"{location}#{name}" for name in moving}, {name: f"{location}#{name}" for name in static}
+
+
+Form = tuple[tuple[str, ...], tuple[int, ...]]
+"""Dimensions and shape."""
+
+
+def chosen(
+    where: str, arrays: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype[Any]]]
+) -> tuple[list[str], list[str]]:
+    """Names of the variables to ingest and of the static fields, out of (dimensions, shape, dtype) of all there are.
+
+    Raises:
+        InputError: there is no variable of numbers.
+    """
     usable = {
         name: (dims, shape)
         for name, (dims, shape, dtype) in arrays.items()
         if dims and dtype.kind in "iufb" and dims != (name,) and 0 not in shape
     }
     if not usable:
-        raise InputError(
-            f"{location} has no variable of numbers to ingest: write a recipe (`gpuops demo --recipe DIR`)"
-        )
+        raise InputError(f"{where} has no variable of numbers to ingest: write a recipe (`gpuops demo --recipe DIR`)")
     moving, static, axis = divide(usable)
     if left_out := sorted(usable.keys() - {*moving, *static}):
         _log.warning("left out, because they lie neither on %r nor inside its records: %s", axis, ", ".join(left_out))
     if odd := [f"{n} ({d})" for n, (dims, _, d) in sorted(arrays.items()) if n not in usable and dims != (n,)]:
-        _log.warning("left out, because they hold no numbers that a model could take: %s", ", ".join(odd))
-    return {name: f"{location}#{name}" for name in moving}, {name: f"{location}#{name}" for name in static}
-
-
-Form = tuple[tuple[str, ...], tuple[int, ...]]
-"""Dimensions and shape."""
+        _log.warning("left out, because they hold no array of numbers: %s", ", ".join(odd))
+    return moving, static
 
 
 def divide(forms: Mapping[str, Form]) -> tuple[list[str], list[str], str]:

@@ -137,8 +137,18 @@ class Recipe:
             raise InputError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
         if not self.variables:
             raise InputError("the recipe declares no variables")
+        for name in (*self.variables, *self.static):
+            if any(part.startswith((".", "_")) or not part for part in str(name).split("/")):
+                raise InputError(f"{name!r} is no name: readers pass over parts that begin with a dot or an underscore")
         if self.chunk_records < 1 or (self.shard_records is not None and self.shard_records < 1):
             raise InputError("chunk_records and shard_records count records: give at least 1")
+
+    def pack_of(self, name: str, dtype: np.dtype[Any]) -> Pack | None:
+        """How a variable of a source's dtype is to be packed: as it says itself, floats as the whole recipe says."""
+        own = self.variables[name].pack
+        if own is not None or self.tolerance is None or dtype.kind != "f":
+            return own
+        return Pack(self.tolerance)
 
 
 def load_recipe(path: str | Path, url: str | None = None) -> Recipe:

@@ -114,6 +114,7 @@ def test_a_recipe_names_them(tmp_path: Path) -> None:
         ({"z": np.zeros((6, 4))}, None, "give `dims`"),
         ({"z": xr.DataArray(np.zeros((6, 4)), dims=("y", "x"))}, None, "z lies on {'y': 6, 'x': 4}, records on"),
         ({"t": xr.DataArray(np.zeros((6, 5)), dims=("y", "x"))}, None, "both called 't'"),
+        ({".gpuops": xr.DataArray(np.zeros((6, 5)), dims=("y", "x"))}, None, "'.gpuops' is no name"),
         ({"z": xr.DataArray(np.zeros((6, 5), "M8[s]"), dims=("y", "x"))}, None, "give numbers"),
         ({"z": xr.DataArray(np.zeros((6, 5)), dims=("y", "x"))}, Tiling("time", "y", 2), "declare it a variable"),
     ],
@@ -153,4 +154,8 @@ def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     stored = go.ingest(tmp_path / "in.nc", url=tmp_path / "s")
     assert not {"station", "lone"} & set(stored.variables)
     assert "neither on 'time' nor inside its records: lone" in caplog.text
+    caplog.clear()
+    again = go.ingest(data.assign(crs=((), 7)), url=tmp_path / "d")
+    assert set(again.variables) == set(stored.variables)
+    assert "no array of numbers: crs (int64), station (object), wave (complex128)" in caplog.text
     assert "station (object)" in caplog.text or "station (|S" in caplog.text or "station (<U" in caplog.text

@@ -208,7 +208,7 @@ def test_what_is_not_there_is_none(tmp_path: Path) -> None:
         ({"chunks": (1, 5)}, "their chunk_grid"),
         ({"compressors": None}, "their codecs"),
         ({"fill_value": 1}, "their fill_value is 0 and 1"),
-        (None, "no array 'b'"),
+        (None, "no array 'b' to stack with others: restore it"),
     ],
 )
 def test_parts_that_differ_are_named(changes: dict[str, Any] | None, words: str) -> None:
