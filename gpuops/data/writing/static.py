@@ -112,6 +112,7 @@ def put(group: zarr.Group, fields: Mapping[str, StaticField]) -> None:
             attributes=dict(field.attributes),
             compressors=[ZstdCodec(level=1, checksum=True)],
             config={"write_empty_chunks": True},
+            overwrite=True,  # an ingest that was killed before it had a plan left one
         )
         if not field.same(array):
             raise IntegrityError(f"{name} did not read back as it was written: check the disk, and ingest again")

@@ -1,5 +1,6 @@
 """Fields without the sample axis at ingest: stored whole, part of the identity, equal on append, read with samples."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 import gpuops as go
 from gpuops.data.sample import Field
+from gpuops.data.writing import ingest as ingest_module
 from gpuops.data.writing.recipe import Recipe, StaticRecipe, Tiling, VariableRecipe
 from gpuops.errors import InputError, IntegrityError
 from tests.conftest import run_cli
@@ -159,3 +161,22 @@ def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert set(again.variables) == set(stored.variables)
     assert "no array of numbers: crs (int64), station (object), wave (complex128)" in caplog.text
     assert "station (object)" in caplog.text or "station (|S" in caplog.text or "station (<U" in caplog.text
+
+
+@pytest.mark.parametrize("format", ["icechunk", "zarr"])
+def test_an_ingest_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    whole = go.ingest(with_static(), url=tmp_path / "w", format=format, shard_records=10)
+    write, calls = ingest_module._write_shard, itertools.count()
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest_module, "_write_shard", failing)
+        with pytest.raises(KeyboardInterrupt):
+            go.ingest(with_static(), url=tmp_path / "s", format=format, shard_records=10)
+    source = go.ingest(with_static(), url=tmp_path / "s", format=format, shard_records=10)
+    assert source.fingerprint == whole.fingerprint
+    np.testing.assert_array_equal(source.variable("height").array[...], with_static().height)
