@@ -8,7 +8,7 @@ is the exact distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,17 +69,19 @@ class Sketch:
             raise InputError(f"values of dtype {flat.dtype} have no order: give integers or floats")
         counts = np.zeros(BINS, np.int64)
         below = above = absent = 0
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK]
+        for block, times in _blocks(flat):
             gone = np.isnan(block) if missing is None else np.isnan(block) | (block == missing)
             x = block[~gone].astype(np.float64)
+            weight = None if times is None else times[~gone]
             under, over = x < lo, x > hi
+            inside = ~(under | over)
             # Rounding up at the upper edge would name bin 256.
-            index = np.minimum(((x[~(under | over)] - lo) * scale).astype(np.intp), BINS - 1)
-            counts += np.bincount(index, minlength=BINS)
-            below += int(under.sum())
-            above += int(over.sum())
-            absent += int(gone.sum())
+            index = np.minimum(((x[inside] - lo) * scale).astype(np.intp), BINS - 1)
+            # A float64 weight is exact below 2^53 values.
+            counts += np.bincount(index, None if weight is None else weight[inside], BINS).astype(np.int64)
+            below += _number(under, weight)
+            above += _number(over, weight)
+            absent += _number(gone, times)
         return cls(float(lo), float(hi), counts, below, above, absent)
 
     @property
@@ -122,6 +124,24 @@ class Sketch:
         """Inverse of `to_json`."""
         outside = (int(document[key]) for key in ("below", "above", "missing"))
         return cls(float(document["lo"]), float(document["hi"]), np.asarray(document["counts"], np.int64), *outside)
+
+
+def _number(chosen: npt.NDArray[np.bool_], times: npt.NDArray[np.int64] | None) -> int:
+    return int(chosen.sum() if times is None else times[chosen].sum())
+
+
+def _blocks(flat: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]]:
+    """Values and how often each occurs, None for once: small integers, of which there are few, are counted first."""
+    if flat.dtype.kind in "iu" and flat.dtype.itemsize <= 2:
+        first = int(np.iinfo(flat.dtype).min)
+        tally = np.zeros(1 << (8 * flat.dtype.itemsize), np.int64)
+        for start in range(0, flat.size, _BLOCK):
+            tally += np.bincount(flat[start : start + _BLOCK].astype(np.int32) - first, minlength=len(tally))
+        found = np.flatnonzero(tally)
+        yield (found + first).astype(flat.dtype), tally[found]
+        return
+    for start in range(0, flat.size, _BLOCK):
+        yield flat[start : start + _BLOCK], None
 
 
 def psi(a: Sketch, b: Sketch) -> float:

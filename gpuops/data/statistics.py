@@ -57,13 +57,19 @@ def describe(stored: npt.NDArray[Any], scale: float, offset: float, missing: int
     data = ~np.isnan(flat) if flat.dtype.kind == "f" else np.ones(flat.shape, bool)
     if missing is not None:
         data &= flat != missing
-    values = np.where(data, flat, 0).astype(np.float64)
+    if data.all():  # nothing to leave out: a third of the time
+        low, high = (end(axis=2).astype(np.float64) for end in (flat.min, flat.max))
+        values = flat.astype(np.float64)
+    else:
+        low = np.where(data, flat, np.inf).min(axis=2, initial=np.inf)
+        high = np.where(data, flat, -np.inf).max(axis=2, initial=-np.inf)
+        values = np.where(data, flat, 0).astype(np.float64)
     count = data.sum(axis=2, dtype=np.float64)
     with np.errstate(invalid="ignore"):  # infinities, which a quality rule reports with their place
         mean = values.sum(axis=2) / np.maximum(count, 1)
-        m2 = (np.where(data, values - mean[..., None], 0) ** 2).sum(axis=2)
-    low = np.where(data, values, np.inf).min(axis=2, initial=np.inf)
-    high = np.where(data, values, -np.inf).max(axis=2, initial=-np.inf)
+        values -= mean[..., None]
+        values *= data
+        m2 = np.square(values, out=values).sum(axis=2)
     some = count > 0
     bounds = np.stack([low, high]) * scale + offset
     bounds = np.where(some, np.sort(bounds, axis=0), np.nan)
