@@ -378,7 +378,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_the_metadata_says_it_opens_or_is_refused(documents: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([".zattrs", "A/1/.zattrs", "A/1/0/.zattrs", "A/1/1/labels/.zattrs"]))

@@ -57,7 +57,7 @@ def arrays(draw: st.DrawFn) -> dict[str, Any]:
     return {"shape": shape, "chunks": chunks, "shards": shards, "zarr_format": 3, "chunk_key_encoding": key}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(arrays(), st.integers(1, 12), st.booleans())
 def test_a_stack_is_its_parts(
     tmp_path_factory: pytest.TempPathFactory, form: dict[str, Any], count: int, shadow: bool
