@@ -27,20 +27,20 @@ RECORDS = "records"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """What the store said of a variable before an append: of the shards that stay, and of the one that is rewritten."""
+    """What is known of shards of a variable; before an append, of those that stay."""
 
     digests: list[str]
-    """sha256 of each shard that stays."""
+    """sha256 of each shard."""
     rows: npt.NDArray[np.float64]
-    """Statistics of their records."""
+    """Statistics of their records, [records, channels, 5]."""
     counts: npt.NDArray[np.int64]
-    """Histogram of each."""
+    """Histogram of each, [shards, bins]."""
     edges: tuple[float, float]
     """Edges of the histograms."""
     records: npt.NDArray[np.uint8]
     """Digests of their records."""
     found: npt.NDArray[np.float64]
-    """What was found in the source of each shard; one row more if the last shard is rewritten."""
+    """What was found in the source of each shard, [shards, FOUND]; one row more if an append rewrites the last one."""
 
 
 def kept_of(root: zarr.Group, name: str, shards: int, records: int) -> Kept:
@@ -68,21 +68,9 @@ def kept_of(root: zarr.Group, name: str, shards: int, records: int) -> Kept:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Whole:
+class Whole(Kept):
     """Everything known of one variable, old shards and new ones together."""
 
-    digests: list[str]
-    """sha256 of each shard."""
-    rows: npt.NDArray[np.float64]
-    """Statistics, [records, channels, 5]."""
-    counts: npt.NDArray[np.int64]
-    """Histograms, [shards, bins]."""
-    edges: tuple[float, float]
-    """Edges of the histograms."""
-    records: npt.NDArray[np.uint8]
-    """Digests of the records."""
-    found: npt.NDArray[np.float64]
-    """What was found in the source, [shards, FOUND]."""
     violations: list[Violation]
     """Broken rules in the shards written now."""
 

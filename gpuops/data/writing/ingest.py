@@ -7,7 +7,6 @@ a killed ingest finished is taken up by the next one with the same recipe (`gpuo
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import os
@@ -18,20 +17,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import zarr
-from zarr.codecs import ZstdCodec
 
 from gpuops.data.census import count_chunks
 from gpuops.data.place import local_path
 from gpuops.data.source import META, Source, open
 from gpuops.data.writing.append import array_of, check_same_variables, fitted, grown_coordinates
 from gpuops.data.writing.block import Block, check_aligned, make_block
+from gpuops.data.writing.choice import chosen, divide
 from gpuops.data.writing.commit import QUALITY, Kept, fingerprint_of, joined, judge, kept_of, write_meta
-from gpuops.data.writing.coordinates import Coordinate, check_coordinates, located, make_coordinates
-from gpuops.data.writing.inputs import chosen, divide, open_input, variables_of
+from gpuops.data.writing.coordinates import check_coordinates, located, make_coordinates
+from gpuops.data.writing.inputs import parts_of, variables_of
 from gpuops.data.writing.packing import choose
-from gpuops.data.writing.recipe import Recipe, StaticRecipe, VariableRecipe, load_recipe, vars_of
+from gpuops.data.writing.recipe import Recipe, StaticRecipe, VariableRecipe, known_keys, load_recipe, vars_of
 from gpuops.data.writing.schedule import THREADS, run_all
-from gpuops.data.writing.shards import Written, census, create, digest_of, write_shard
+from gpuops.data.writing.shards import Written, census, create, digest_of, write_shard, write_whole
 from gpuops.data.writing.staging import Root, Staging, exists, pickled, staging
 from gpuops.data.writing.static import check_same, make_static, put
 from gpuops.errors import InputError, QualityError
@@ -99,9 +98,7 @@ def as_recipe(recipe: Any, url: str | None, tolerance: float | None, options: Ma
     """
     known = [name for name in Recipe.__dataclass_fields__ if name not in ("url", "variables")]
     if wrong := [name for name in options if name not in known]:
-        near = difflib.get_close_matches(wrong[0], known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        raise InputError(f"an ingest has no option {wrong[0]!r}: {hint}")
+        raise InputError(f"an ingest has no option {wrong[0]!r}: {known_keys(wrong[0], known)}")
     if isinstance(recipe, str | Path) and str(recipe).endswith((".yaml", ".yml")):
         recipe = load_recipe(recipe, url)
     if isinstance(recipe, Recipe):
@@ -192,7 +189,7 @@ def _key(recipe: Recipe, blocks: list[Block], append: bool) -> str:
     ]
     axes = repr((recipe.coordinates, recipe.tiling))
     static = {
-        name: [open_input(field.source).identity, repr(replace(field, source=None))]
+        name: [[part.identity for part in parts_of(field.source)], repr(replace(field, source=None))]
         for name, field in recipe.static.items()
     }
     document = {**plain, "variables": variables, "static": static, "coordinates": axes, "append": append}
@@ -345,7 +342,7 @@ def _begin(recipe: Recipe, blocks: list[Block], stage: Staging, scheduler: str) 
         put(group, static)
         recorded = {name: field.report for name, field in static.items()}
     for name, coordinate in coordinates.items():
-        _put(group, name, coordinate)
+        write_whole(group, name, coordinate.values, (coordinate.dim,), coordinate.attributes)
     plan = {
         "packing": {block.name: block.packing for block in blocks},
         "before": {block.name: block.before for block in blocks},
@@ -408,15 +405,3 @@ class FindRange:
     def __call__(self, span: tuple[int, int]) -> tuple[float, float]:
         """Smallest and largest value of records span[0] to span[1]."""
         return self.block.range(*span)
-
-
-def _put(group: zarr.Group, name: str, coordinate: Coordinate) -> None:
-    group.create_array(
-        name,
-        data=coordinate.values,
-        dimension_names=(coordinate.dim,),
-        attributes=dict(coordinate.attributes),
-        compressors=[ZstdCodec(level=1, checksum=True)],
-        config={"write_empty_chunks": True},
-        overwrite=True,
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob as globbing
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpuops.data.writing.choice import chosen
 from gpuops.data.writing.coordinates import Coordinate, joined, of_xarray
 from gpuops.errors import InputError, UnavailableError
 
 HDF5_MAGIC = b"\x89HDF"
 NETCDF3_MAGIC = b"CDF"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -75,7 +73,11 @@ def open_input(source: Any) -> Input:
     """
     if isinstance(source, Input):
         return source
-    found = _opened(source)
+    return _as_integers(_opened(source))
+
+
+def _as_integers(found: Input) -> Input:
+    """Booleans as 0 and 1."""
     if found.dtype.kind == "b":
         found.dtype, found.attributes = np.dtype("uint8"), {**found.attributes, "dtype": "bool"}
     return found
@@ -91,11 +93,23 @@ def _opened(source: Any) -> Input:
     if "://" in location:
         return _of_store(location, dataset)
     if globbing.has_magic(location) and not Path(location).exists():
-        found = sorted(globbing.glob(location))
-        if not found:
-            raise InputError(f"no file matches {location}: mend `source: {url}` in the recipe")
-        return _concatenated(location, [_of_path(Path(path), dataset, url) for path in found])
+        return _concatenated(location, parts_of(url))
     return _of_path(Path(location), dataset, url)
+
+
+def parts_of(source: Any) -> list[Input]:
+    """An input for each file of a glob; of any other source the one that there is.
+
+    Raises:
+        InputError: as `open_input`.
+    """
+    location, _, dataset = str(source).partition("#") if isinstance(source, str | Path) else ("", "", "")
+    if "://" in location or not globbing.has_magic(location) or Path(location).exists():
+        return [open_input(source)]
+    found = sorted(globbing.glob(location))
+    if not found:
+        raise InputError(f"no file matches {location}: mend `source: {source}` in the recipe")
+    return [_as_integers(_of_path(Path(path), dataset, str(source))) for path in found]
 
 
 def variables_of(location: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -124,46 +138,6 @@ def variables_of(location: str) -> tuple[dict[str, str], dict[str, str]]:
             arrays = {str(n): (tuple(map(str, v.dims)), v.shape, v.dtype) for n, v in dataset.variables.items()}
     moving, static = chosen(location, arrays)
     return {name: f"{location}#{name}" for name in moving}, {name: f"{location}#{name}" for name in static}
-
-
-Form = tuple[tuple[str, ...], tuple[int, ...]]
-"""Dimensions and shape."""
-
-
-def chosen(
-    where: str, arrays: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype[Any]]]
-) -> tuple[list[str], list[str]]:
-    """Names of the variables to ingest and of the static fields, out of (dimensions, shape, dtype) of all there are.
-
-    Raises:
-        InputError: there is no variable of numbers.
-    """
-    usable = {
-        name: (dims, shape)
-        for name, (dims, shape, dtype) in arrays.items()
-        if dims and dtype.kind in "iufb" and dims != (name,) and 0 not in shape
-    }
-    if not usable:
-        raise InputError(f"{where} has no variable of numbers to ingest: write a recipe (`gpuops demo --recipe DIR`)")
-    moving, static, axis = divide(usable)
-    if left_out := sorted(usable.keys() - {*moving, *static}):
-        _log.warning("left out, because they lie neither on %r nor inside its records: %s", axis, ", ".join(left_out))
-    if odd := [f"{n} ({d})" for n, (dims, _, d) in sorted(arrays.items()) if n not in usable and dims != (n,)]:
-        _log.warning("left out, because they hold no array of numbers: %s", ", ".join(odd))
-    return moving, static
-
-
-def divide(forms: Mapping[str, Form]) -> tuple[list[str], list[str], str]:
-    """Names of the variables with the sample axis, names of the static ones, and the sample axis.
-
-    The sample axis is the first one of the largest variable; static is what has only dimensions behind it. A variable
-    that is neither is in no list.
-    """
-    axis = max(forms.values(), key=lambda form: int(np.prod(form[1])))[0][0]
-    moving = {name: form for name, form in forms.items() if form[0][0] == axis}
-    inner = {pair for dims, shape in moving.values() for pair in zip(dims[1:], shape[1:], strict=True)}
-    static = [n for n, form in forms.items() if n not in moving and set(zip(*form, strict=True)) <= inner]
-    return list(moving), static, axis
 
 
 def _of_path(path: Path, dataset: str, url: str) -> Input:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -181,6 +181,14 @@ def _document(file: Path) -> Any:
         raise InputError(f"recipe {file} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def known_keys(wrong: str, known: Iterable[str]) -> str:
+    """The keys that there are, and first the one that is most like a wrong one."""
+    listed = list(known)
+    near = difflib.get_close_matches(wrong, listed, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}There are {', '.join(listed)}"
+
+
 def check_keys(document: Any, kind: Any, where: str) -> None:
     """Find a key in a document that the dataclass `kind`, or one inside it, does not have.
 
@@ -191,9 +199,7 @@ def check_keys(document: Any, kind: Any, where: str) -> None:
         hints = get_type_hints(kind)
         for key, value in document.items():
             if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, 1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise InputError(f"{where} has no key {key!r}: {hint}There are {', '.join(hints)}")
+                raise InputError(f"{where} has no key {key!r}: {known_keys(str(key), hints)}")
             check_keys(value, hints[key], f"{where}: {key}")
     elif get_origin(kind) is dict and isinstance(document, Mapping):
         for key, value in document.items():

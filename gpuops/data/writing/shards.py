@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,21 @@ def packing_attributes(block: Block) -> dict[str, Any]:
     if block.packing is None and block.input.attributes.get("dtype") == "bool":
         attributes["dtype"] = "bool"
     return attributes if block.missing is None else {**attributes, "_FillValue": block.missing}
+
+
+def write_whole(
+    group: zarr.Group, name: str, values: npt.NDArray[Any], dims: tuple[str, ...], attributes: Mapping[str, Any]
+) -> zarr.Array[Any]:
+    """Store a coordinate or a static field in one go, in place of what a killed ingest left of it."""
+    return group.create_array(
+        name,
+        data=values,
+        dimension_names=dims,
+        attributes=dict(attributes),
+        compressors=[ZstdCodec(level=1, checksum=True)],
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
 
 
 def _compressors(codec: str) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob as globbing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import ZstdCodec
 
 from gpuops.data.writing.block import Block
-from gpuops.data.writing.inputs import Input, open_input
-from gpuops.data.writing.recipe import Recipe, StaticRecipe
+from gpuops.data.writing.inputs import parts_of
+from gpuops.data.writing.recipe import Recipe
+from gpuops.data.writing.shards import write_whole
 from gpuops.errors import InputError, IntegrityError
 
 _KEPT = ("scale_factor", "add_offset", "units", "long_name", "standard_name", "_FillValue", "missing_value", "dtype")
@@ -65,7 +64,7 @@ def make_static(recipe: Recipe, blocks: Sequence[Block]) -> dict[str, StaticFiel
     inner = {dim: size for block in blocks for dim, size in zip(block.dims[1:], block.shape[1:], strict=True)}
     fields = {}
     for name, declared in recipe.static.items():
-        found, *others = _inputs(declared)
+        found, *others = parts_of(declared.source)
         dims = tuple(declared.dims) or found.dims
         if dims is None or len(dims) != len(found.shape):
             raise InputError(f"{name}: the source has {len(found.shape)} dimensions, give `dims` for them, not {dims}")
@@ -87,17 +86,6 @@ def make_static(recipe: Recipe, blocks: Sequence[Block]) -> dict[str, StaticFiel
     return fields
 
 
-def _inputs(declared: StaticRecipe) -> list[Input]:
-    """A field's sources: one, or that of each file of a glob, which must agree."""
-    location, _, dataset = str(declared.source).partition("#") if isinstance(declared.source, str) else ("", "", "")
-    if location and globbing.has_magic(location) and "://" not in location:
-        paths = sorted(globbing.glob(location))
-        if not paths:
-            raise InputError(f"no file matches {location}: mend `source: {declared.source}` in the recipe")
-        return [open_input(f"{path}#{dataset}") for path in paths]
-    return [open_input(declared.source)]
-
-
 def put(group: zarr.Group, fields: Mapping[str, StaticField]) -> None:
     """Store fields, and read them back.
 
@@ -105,15 +93,7 @@ def put(group: zarr.Group, fields: Mapping[str, StaticField]) -> None:
         IntegrityError: what was read is not what was written.
     """
     for name, field in fields.items():
-        array = group.create_array(
-            name,
-            data=field.values,
-            dimension_names=field.dims,
-            attributes=dict(field.attributes),
-            compressors=[ZstdCodec(level=1, checksum=True)],
-            config={"write_empty_chunks": True},
-            overwrite=True,  # an ingest that was killed before it had a plan left one
-        )
+        array = write_whole(group, name, field.values, field.dims, field.attributes)
         if not field.same(array):
             raise IntegrityError(f"{name} did not read back as it was written: check the disk, and ingest again")
 
