@@ -6,41 +6,32 @@ torch.compile in the same process. test_transform_interpreted.py runs this file 
 Programs are slow (about 1 ms) and elements are cheap, so the shapes are chosen to need few tiles.
 """
 
-import ctypes
-import mmap
-
 import numpy as np
 import pytest
 import torch
+from guard import at_page_end, poisoned_output
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transform_oracle import POISON, Case, assert_nearest_even, integers, make_case, poisoned, roundings, unwritten
+from oracle import POISON, Case, assert_nearest_even, integers, make_case, poisoned, roundings, unwritten
 
 from gpuops_kernels import transform as room
-
-GUARD = 4096
-"""Elements on each side of an output that a kernel must leave alone."""
 
 
 def interpret(case: Case, dtype: torch.dtype, tile: tuple[int, int] | None = None) -> torch.Tensor:
     """Run the kernel on a poisoned output in a poisoned buffer: it must write every element of it and nothing else."""
-    n = case.x.numel()
-    buffer = poisoned((n + 2 * GUARD,), dtype)
-    y = buffer[GUARD : GUARD + n].view(case.x.shape)
-    run_on(case, y, tile)
-    assert unwritten(y) == 0, "the kernel left elements of its output unwritten"
-    assert unwritten(buffer) == 2 * GUARD, "the kernel wrote outside its output"
-    return y.clone()
+    with poisoned_output(case.x.shape, dtype) as y:
+        run_on(case, y, tile)
+    return y
 
 
 def run_on(case: Case, y: torch.Tensor, tile: tuple[int, int] | None = None) -> None:
-    grid, arguments = room._plan(case.x, y, case.coefficients, case.missing)
-    *rest, planes, inner, channels, rows, cols, _ = arguments
+    kernel, grid, arguments = room.plan(case.x, y, case.coefficients, case.missing, case.functions)
+    *rest, planes, inner, channels, rows, cols, code, number, _ = arguments
     if tile is not None:
         rows, cols = tile
         grid = (-(-planes // rows) * -(-inner // cols),)
     with np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns of overflow
-        room.transform_kernel[grid](*rest, planes, inner, channels, rows, cols, y.dtype == torch.bfloat16)
+        kernel[grid](*rest, planes, inner, channels, rows, cols, code, number, True)
 
 
 def check(case: Case, tile: tuple[int, int] | None = None) -> None:
@@ -116,19 +107,39 @@ def test_nothing_is_read_or_written_past_the_end(dtype: torch.dtype) -> None:
     assert roundings(y, case, exact_fma=False) <= 1
 
 
-def at_page_end(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor` that ends where a page without any access rights begins."""
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-size // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    last_page = ctypes.c_void_p(address + pages * mmap.PAGESIZE)
-    if libc.mprotect(last_page, ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect failed")
-    start = pages * mmap.PAGESIZE - size
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return copy.copy_(tensor)
+@pytest.mark.parametrize("functions", ["log", "asinh", "log,asinh", "asinh,log,asinh"])
+def test_functions_match_float64(functions: str) -> None:
+    for dtype in (torch.float32, torch.int16, torch.uint8):
+        check(make_case((5, 7, 331), dtype, seed=len(functions), functions=functions))
+
+
+def test_asinh_is_right_to_four_units_from_the_smallest_to_where_squares_overflow() -> None:
+    infinity = float("inf")
+    x = torch.cat([torch.logspace(-38, 38, 9000), torch.linspace(0.3, 1.0, 9000), torch.tensor([0.0, infinity])])
+    x = torch.cat([x, -x]).reshape(1, 1, -1)
+    plain = [1.0, 0.0, -infinity, infinity]
+    case = Case(x, torch.tensor([*plain, *plain, 0.0, 0.0])[:, None], torch.zeros(2, 1, dtype=torch.int32), "asinh")
+    got, want = interpret(case, torch.float32).double(), torch.asinh(x.double())
+    unit = torch.exp2(torch.floor(torch.log2(want.abs())) - 23)
+    finite = want.isfinite() & (want != 0)
+    assert ((got - want).abs() / unit)[finite].max() <= 4
+    assert torch.equal(got[~finite], want[~finite])
+    assert torch.equal(got[x != 0].signbit(), x[x != 0].signbit())
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3), (3, 3, 31), (2, 70, 5, 9), (1, 16, 4, 8, 16), (2, 1, 2049), (2, 200, 3)], ids=str
+)
+@pytest.mark.parametrize("layout", room.LAYOUTS[1:])
+def test_layouts_move_the_channels(layout: str, shape: tuple[int, ...]) -> None:
+    case = make_case(shape, torch.int16, seed=sum(shape))
+    last = layout == "NHWC->NCHW"
+    x = case.x.movedim(1, -1).contiguous() if last else case.x
+    moved = shape if last else (shape[0], *shape[2:], shape[1])
+    with poisoned_output(moved, torch.float32) as y:
+        kernel, grid, arguments = room.plan(x, y, case.coefficients, case.missing, "", layout)
+        kernel[grid](*arguments[:-1], True)
+    assert roundings(y if last else y.movedim(-1, 1), case, exact_fma=False) <= 1
 
 
 def test_the_poison_is_a_value_the_kernel_never_writes() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transform_oracle import Case, assert_nearest_even, integers, make_case, roundings
+from oracle import Case, assert_nearest_even, integers, make_case, roundings
 
 from gpuops_kernels import transform as room
 
@@ -38,15 +38,32 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     shape=shapes(),
     dtype=st.sampled_from(room.INPUT_DTYPES),
     out=st.sampled_from(room.OUTPUT_DTYPES),
+    functions=st.sampled_from(["", "", "log", "asinh", "log,asinh", "asinh,asinh,log"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, seed: int) -> None:
-    case = make_case(shape, dtype, seed)
-    y = op(*case.args, out)
+def test_matches_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype, functions: str, seed: int
+) -> None:
+    case = make_case(shape, dtype, seed, functions)
+    y = op(*case.args, out, functions)
     assert (y.shape, y.dtype, y.is_contiguous()) == (case.x.shape, out, True)
     assert roundings(y, case, exact_fma=False) <= 1
     for other in (room.reference, room.launch):
-        assert torch.equal(integers(other(*case.args, out)), integers(y))
+        assert torch.equal(integers(other(*case.args, out, functions)), integers(y))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3, 5), (2, 3, 7), (2, 3, 5, 7), (1, 70, 4, 3, 2)], ids=str)
+def test_layouts_move_the_channels(shape: tuple[int, ...]) -> None:
+    case = make_case(shape, torch.int16, seed=4, functions="asinh")
+    want = op(*case.args, torch.bfloat16, "asinh")
+    last = case.x.movedim(1, -1).contiguous()
+    for run in (op, room.launch):
+        got = run(last, *case.args[1:], torch.bfloat16, "asinh", "NHWC->NCHW")
+        assert got.is_contiguous()
+        assert torch.equal(integers(got), integers(want))
+        got = run(*case.args, torch.bfloat16, "asinh", "NCHW->NHWC")
+        assert got.is_contiguous()
+        assert torch.equal(integers(got), integers(want.movedim(1, -1)))
 
 
 @pytest.mark.parametrize("dtype", room.INPUT_DTYPES, ids=str)
@@ -132,6 +149,10 @@ BAD_ARGUMENTS = [
     ("missing", torch.zeros(2, 3, device="meta", dtype=torch.int32), r"missing\.to\(x\.device\)"),
     ("dtype", torch.float64, "dtype is torch.float64: ask for one of torch.float32"),
     ("dtype", torch.int16, "dtype is torch.int16"),
+    ("functions", "sqrt", "functions is 'sqrt': name at most eight of log, asinh"),
+    ("functions", "log", r"coefficients has shape \(6, 3\): x has 3 channels, so pass \[10, 3\]"),
+    ("layout", "NHWC", "layout is 'NHWC': pass one of keep, NHWC->NCHW, NCHW->NHWC"),
+    ("layout", "NHWC->NCHW", r"x has 4 channels, so pass \[6, 4\]"),
 ]
 
 

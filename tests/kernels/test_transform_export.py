@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from oracle import Case, integers, make_case, roundings
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transform_oracle import Case, integers, make_case, roundings
 
 from gpuops_kernels import transform as room
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transform_oracle import Case, assert_nearest_even, integers, make_case, poisoned, roundings, unwritten
+from oracle import Case, assert_nearest_even, integers, make_case, poisoned, roundings, unwritten
 
 from gpuops_kernels import transform as room
 
@@ -22,7 +22,7 @@ def on_gpu(case: Case) -> Case:
 
 def run_on(case: Case, y: torch.Tensor) -> None:
     """What `launch` does, on an output that the caller has poisoned."""
-    grid, arguments = room._plan(case.x, y, case.coefficients, case.missing)
+    grid, arguments = room.plan(case.x, y, case.coefficients, case.missing)
     room.transform_kernel[grid](*arguments, enable_fp_fusion=False)
 
 

@@ -1,18 +1,21 @@
-"""Runs interpret_transform.py in its own process, with Triton's interpreter switched on before the import."""
+"""Runs the interpret_*.py files in processes of their own, with Triton's interpreter switched on before the import."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+HERE = Path(__file__).parent
 
 
-def test_kernel_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpret_transform.py")
+@pytest.mark.parametrize("kernel", ["transform", "window", "stats"])
+def test_kernels_in_the_interpreter(kernel: str) -> None:
+    tests = HERE / f"interpret_{kernel}.py"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(tests)],
-        cwd=ROOT,
+        cwd=HERE.parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What `gpuops::transform` must compute, in numpy float64, with an error bound counted in roundings.
+"""What the epilogue of every op must compute, in numpy float64, with an error bound counted in roundings.
 
 numpy only on purpose: an oracle that shared torch's or Triton's arithmetic would share their mistakes.
 """
@@ -26,13 +26,14 @@ class Case:
     x: torch.Tensor
     coefficients: torch.Tensor
     missing: torch.Tensor
+    functions: str = ""
 
     @property
     def args(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.x, self.coefficients, self.missing
 
 
-def make_case(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Case:
+def make_case(shape: tuple[int, ...], dtype: torch.dtype, seed: int, functions: str = "") -> Case:
     """Random numbers of every size, the extremes of `dtype`, missing values, open and closed clips, wild fills."""
     rng = np.random.default_rng(seed)
     channels = shape[1]
@@ -53,17 +54,20 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Case:
     with np.errstate(over="ignore"):
         x = x.astype(numpy_dtype)
     missing = np.stack([value, rng.integers(0, 2, size=channels) * rng.choice([1, -7], size=channels)])
-    a = rng.normal(size=channels) * 10.0 ** rng.integers(-12, 4, size=channels)
-    b = rng.normal(size=channels) * 10.0 ** rng.integers(-3, 5, size=channels)
-    lo = np.where(rng.random(channels) < 0.5, -np.inf, rng.normal(size=channels) - 3.0)
-    hi = np.where(rng.random(channels) < 0.5, np.inf, rng.normal(size=channels) + 3.0)
-    lo, hi = np.minimum(lo, hi), np.maximum(lo, hi)
+    rows = []
+    for stage in range(len(functions.split(",")) + 1 if functions else 1):
+        sizes = ((-12, 4), (-3, 5)) if stage == 0 else ((-2, 3), (-2, 2))
+        a, b = (rng.normal(size=channels) * 10.0 ** rng.integers(*size, size=channels) for size in sizes)
+        lo = np.where(rng.random(channels) < 0.5, -np.inf, rng.normal(size=channels) - 3.0)
+        hi = np.where(rng.random(channels) < 0.5, np.inf, rng.normal(size=channels) + 3.0)
+        rows += [a, b, np.minimum(lo, hi), np.maximum(lo, hi)]
     fill = rng.choice([0.0, -9.25, 1e30, np.nan, np.inf], size=channels)
     absent = rng.choice([np.nan, 0.0, np.inf, 3.4028235e38, 1e-45], size=channels)
     return Case(
         torch.from_numpy(x).reshape(shape),
-        torch.from_numpy(np.stack([a, b, lo, hi, fill, absent]).astype(np.float32)),
+        torch.from_numpy(np.stack([*rows, fill, absent]).astype(np.float32)),
         torch.from_numpy(missing.astype(np.int32)),
+        functions,
     )
 
 
@@ -74,32 +78,72 @@ def unit(magnitude: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return np.ldexp(1.0, np.maximum(exponent - 1, smallest) - (bits - 1))
 
 
+FUNCTION_ERROR = 2.0**-21
+"""What a logarithm or asinh may be wrong by: absolute up to 1, relative above."""
+
+
+def is_missing_in(case: Case) -> np.ndarray:
+    """Where the stored numbers are missing."""
+    x = case.x.numpy()
+    per_channel = (x.shape[1],) + (1,) * (x.ndim - 2)
+    value, flag = (row.reshape(per_channel).astype(np.int64) for row in case.missing.numpy())
+    absent = case.coefficients[-1].numpy().reshape(per_channel)
+    return (np.isnan(x) | (x == absent) if x.dtype == np.float32 else x.astype(np.int64) == value) & (flag != 0)
+
+
+def expected(case: Case, *, exact_fma: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(result before it is rounded to its dtype, what it may be wrong by, where it may be anything), float64.
+
+    An error goes on as it is stretched by a slope and a scale; anything is right where a logarithm is taken of what
+    may be negative or positive.
+    """
+    x = case.x.numpy()
+    per_channel = (x.shape[1],) + (1,) * (x.ndim - 2)
+    rows = [row.reshape(per_channel).astype(np.float64) for row in case.coefficients.numpy()]
+    is_missing = is_missing_in(case)
+    with np.errstate(all="ignore"):
+        v, error, anything = x.astype(np.float32).astype(np.float64), np.zeros(x.shape), np.zeros(x.shape, bool)
+        for stage, name in enumerate(["", *case.functions.split(",")] if case.functions else [""]):
+            if name == "log":
+                anything |= (np.abs(v) <= error) & (error > 0)
+                slope = np.where(v > error, 1 / (v - error), 0.0)
+                v = np.log(v)
+                error = error * slope + FUNCTION_ERROR * np.fmax(1.0, np.abs(np.where(np.isinf(v), 0.0, v)))
+            elif name == "asinh":
+                v = np.arcsinh(v)
+                error = error + FUNCTION_ERROR * np.fmax(1.0, np.abs(np.where(np.isinf(v), 0.0, v)))
+            a, b, lo, hi = rows[4 * stage : 4 * stage + 4]
+            product = a * v  # exact in the first stage: 48 bits
+            total = product + b
+            total = np.where(np.abs(total) >= FORMATS[torch.float32][2], np.copysign(np.inf, total), total)
+            error = np.abs(a) * error
+            error = error + unit(np.abs(np.where(np.isfinite(total), total, 0.0)) + error, torch.float32) / 2
+            if not exact_fma:
+                error = error + unit(product, torch.float32) / 2
+            v = np.clip(total, lo, hi)
+    want = np.where(is_missing, rows[-2], v)
+    return want, np.where(is_missing, 0.0, error), anything & ~is_missing
+
+
 def roundings(got: torch.Tensor, case: Case, *, exact_fma: bool) -> float:
     """The largest error of `got` as a share of what the op's roundings can add up to: right if at most 1.
 
     Half a unit of a * x (unless the multiply-add rounds once), half a unit of the sum, half a unit of a 16-bit result.
     NaN and infinity must be in the right places; AssertionError if not.
     """
-    x = case.x.numpy()
-    per_channel = (x.shape[1],) + (1,) * (x.ndim - 2)
-    a, b, lo, hi, fill, absent = (row.reshape(per_channel).astype(np.float64) for row in case.coefficients.numpy())
-    value, flag = (row.reshape(per_channel).astype(np.int64) for row in case.missing.numpy())
-    is_missing = np.isnan(x) | (x == absent) if x.dtype == np.float32 else x.astype(np.int64) == value
-    is_missing &= flag != 0
+    want, allowed, anything = expected(case, exact_fma=exact_fma)
+    return worst(got, want, allowed, anything)
+
+
+def worst(got: torch.Tensor, want: np.ndarray, allowed: np.ndarray, anything: np.ndarray) -> float:
+    """The largest error of `got` as a share of what is allowed before it is rounded to its dtype."""
     overflow = FORMATS[got.dtype][2]
+    result = got.to(torch.float64).numpy()
+    assert result.shape == want.shape
+    result, want = (np.where(anything, 0.0, values) for values in (result, want))
     with np.errstate(all="ignore"):
-        product = a * x.astype(np.float32).astype(np.float64)  # exact: 48 bits
-        total = product + b
-        total = np.where(np.abs(total) >= FORMATS[torch.float32][2], np.copysign(np.inf, total), total)
-        want = np.where(is_missing, fill, np.clip(total, lo, hi))
-        result = got.to(torch.float64).numpy()
-        assert result.shape == want.shape
         error = np.abs(np.clip(result, -overflow, overflow) - np.clip(want, -overflow, overflow))
         # A result may be rounded up into the next binade, whose unit is then the one that counts.
-        allowed = unit(np.fmax(np.abs(total), np.abs(result)), torch.float32) / 2
-        if not exact_fma:
-            allowed = allowed + unit(product, torch.float32) / 2
-        allowed = np.where(is_missing, 0.0, allowed)
         if got.dtype != torch.float32:
             allowed = allowed + unit(np.fmax(np.abs(want), np.abs(result)), got.dtype) / 2
 
