@@ -34,7 +34,7 @@ def cases() -> Iterator[KernelCase]:
     for x in epilogue.INPUT_DTYPES:
         for y in epilogue.OUTPUT_DTYPES:
             yield _transform("aligned", x, y)
-    for functions in ("log", "asinh"):
+    for functions in ("log", "asinh", "each"):
         yield _transform(functions, torch.int16, torch.bfloat16, functions=functions)
         yield _transform(functions, torch.float32, torch.float32, functions=functions)
     yield _transform("odd plane", torch.int16, torch.bfloat16, shape=(4, 8, 255, 257), registers=168)

@@ -17,7 +17,7 @@ from gpuops.data.join import open
 from gpuops.data.loader import ZarrLoader, pinned
 from gpuops.data.order import Lanes, Order, Strata
 from gpuops.data.patches import Patch as Patch
-from gpuops.data.prepare import freeze, missing_targets, uneven_windows
+from gpuops.data.prepare import crop_alike, freeze, missing_targets, uneven_windows
 from gpuops.data.reading.counters import Counters
 from gpuops.data.reading.node_cache import CacheLocation
 from gpuops.data.reading.reader import Reader
@@ -29,6 +29,7 @@ from gpuops.data.split import Holdout as Holdout
 from gpuops.data.split import Period, make_split, sample_runs
 from gpuops.errors import InputError
 from gpuops.lineage.version import digest
+from gpuops.preprocess.geometry import Augment as Augment
 from gpuops.preprocess.module import PreprocessModule
 
 LANES = 48
@@ -65,6 +66,7 @@ class ZarrDataModule(LightningDataModule):
         cache_gb: float = 100.0,
         patch: Patch | None = None,
         align: str | None = None,
+        augment: Augment | None = None,
     ) -> None:
         """Declare what a sample is.
 
@@ -94,11 +96,13 @@ class ZarrDataModule(LightningDataModule):
             cache_gb: most gigabytes (10^9 bytes) kept there, over all data sets.
             patch: the patches, if samples are parts of records.
             align: dimension whose coordinate aligns several stores; the one that they share if None.
+            augment: what training does to samples at random: crop, mirror, turn; inputs and targets alike, the same for
+                a sample and epoch on any number of ranks. Validation, test and prediction take the middle of a crop.
         """
         super().__init__()
         self.url, self.snapshot, self.align, self.holdout, self.test = url, snapshot, align, holdout, test
         self.train, self.gap, self.sampling, self.missing_chunks = train, gap, sampling, missing_chunks
-        self.sample = SampleSpec(inputs, targets, window, patch)
+        self.sample, self.augment = SampleSpec(inputs, targets, window, patch), augment
         self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
         self.dtype = _dtype(dtype)
         self._cache = None if cache_dir is None else CacheLocation(cache_dir, int(cache_gb * 1e9))
@@ -144,11 +148,14 @@ class ZarrDataModule(LightningDataModule):
             self._train_order, self._strata = stratify(source, self.bound, self.train_ids, self.sampling)
         elif self.lanes is not None:
             self._train_order = self.train_ids.aligned(self.lanes.block)
+        sides = {"inputs": self.bound.inputs, "targets": self.bound.targets}
         self.preprocess = {
-            "inputs": freeze(source, self.bound.inputs, self.train_records, fill=True),
-            "targets": freeze(source, self.bound.targets, self.train_records, fill=False),
+            side: freeze(source, cuts, self.train_records, fill=side == "inputs", augment=self.augment)
+            for side, cuts in sides.items()
         }
-        self._modules = {side: PreprocessModule(p, self.dtype) for side, p in self.preprocess.items()}
+        self._back = PreprocessModule(self.preprocess["targets"])
+        if self.augment is not None:
+            crop_alike(self.augment, self.bound)
         if missing := missing_targets(source, self.bound, self.train_records):
             rank_zero_only(_log.warning)(
                 "target %s holds missing data, which stays NaN: leave it out of the loss, or give the field a `fill`",
@@ -204,7 +211,7 @@ class ZarrDataModule(LightningDataModule):
 
     def physical(self, tensor: str, values: torch.Tensor) -> torch.Tensor:
         """Normalised values of a target tensor, [n, channels, ...], in physical units."""
-        return self._modules["targets"].physical(tensor, values)
+        return self._back.physical(tensor, values)
 
     @property
     def counters(self) -> Counters:
@@ -263,6 +270,11 @@ class ZarrDataModule(LightningDataModule):
             size = self.sampling.draws or len(self.train_ids)
         last = "drop" if training else "pad"
 
+        prepare = {
+            side: PreprocessModule(declared if training else declared.eval(), self.dtype)
+            for side, declared in self.preprocess.items()
+        }
+
         def order(epoch: int) -> Order:
             return Order(size, self.seed, epoch, fingerprint, self.global_batch, training, last, lanes, strata)
 
@@ -273,9 +285,10 @@ class ZarrDataModule(LightningDataModule):
             rank=rank,
             ranks=ranks,
             epoch=None if trainer is None else lambda: trainer.current_epoch,
-            inputs=self._modules["inputs"],
-            targets=self._modules["targets"],
+            inputs=prepare["inputs"],
+            targets=prepare["targets"],
             device=device,
+            seed=self.seed,
             identity=self._identity() if training else {},
             progress=self._progress if training else None,
         )

@@ -17,7 +17,7 @@ from gpuops.data.reading.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Ids
 from gpuops.errors import IntegrityError
-from gpuops.preprocess.module import PreprocessModule
+from gpuops.preprocess.module import Draw, PreprocessModule
 
 Batch = dict[str, Any]
 """`{"inputs": {name: Tensor}, "targets": {name: Tensor}, "id": int64 [n], "valid": bool [n]}`."""
@@ -42,6 +42,7 @@ class ZarrLoader:
         inputs: PreprocessModule,
         targets: PreprocessModule,
         device: torch.device,
+        seed: int = 0,
         identity: Mapping[str, str] | None = None,
         progress: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
@@ -57,13 +58,14 @@ class ZarrLoader:
             inputs: prepares the input tensors.
             targets: prepares the target tensors.
             device: where batches are delivered.
+            seed: seed of random steps.
             identity: what the order's fingerprint is made of, by name, so that a refusal says which part differs.
             progress: tells (batches delivered whose step has not ended, batches since the last optimiser step before
                 those); None where every delivered batch is a finished step.
         """
         self.reader = reader
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
-        self._inputs, self._targets = inputs.to(device), targets.to(device)
+        self._inputs, self._targets, self._seed = inputs.to(device), targets.to(device), seed
         self._upload = _Upload(device) if device.type == "cuda" else None
         self._identity, self._progress = dict(identity or {}), progress or _always_finished
         self._position = (0, 0)
@@ -84,7 +86,7 @@ class ZarrLoader:
         for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
             done += 1
             self._position = (epoch, done)
-            batch = self._batch(slot)
+            batch = self._batch(slot, epoch)
             del slot  # what the batch does not share goes back to the reader now, the rest with the batch
             yield batch
             del batch
@@ -135,14 +137,15 @@ class ZarrLoader:
         return epoch + 1 if delivered == len(self) else epoch
 
     @torch.no_grad()
-    def _batch(self, slot: Slot) -> Batch:
+    def _batch(self, slot: Slot, epoch: int) -> Batch:
         inputs, targets = ({k: torch.from_numpy(a) for k, a in side.items()} for side in (slot.inputs, slot.targets))
         valid = torch.from_numpy(slot.valid)
         if self._upload is not None:
             inputs, targets, valid = self._upload.copy(inputs, targets, valid)
+        draw = Draw(slot.ids, self._seed, epoch)
         return {
-            "inputs": self._inputs.packed(inputs),
-            "targets": self._targets.packed(targets),
+            "inputs": self._inputs.packed(inputs, draw),
+            "targets": self._targets.packed(targets, draw),
             "id": torch.from_numpy(slot.ids),
             "valid": valid,
         }

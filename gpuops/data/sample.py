@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,10 @@ class Field:
     """Pass the stored values through unchanged (indices that the model embeds)."""
     channels: tuple[int | str, ...] | None = None
     """What is taken along axis 1 of the array, in order: positions, or values of that axis's coordinate; None: all."""
+    function: Literal["log", "asinh"] | None = None
+    """ln(1 + value / scale) or asinh(value / scale), before normalising; statistics are then those of its values."""
+    scale: float = 1.0
+    """Physical value around which that curve bends."""
 
 
 Tensors = Mapping[str, list[Field]]
@@ -118,6 +122,8 @@ class SampleSpec:
         for field in self.fields():
             if field.at == ():
                 raise InputError(f"variable {field.variable!r} takes no step: leave `at` out to take the whole record")
+            if field.function not in (None, "log", "asinh"):
+                raise InputError(f"variable {field.variable!r}: function {field.function!r} is not log or asinh")
             if field.at is not None and self.window is None:
                 raise InputError(f"variable {field.variable!r} takes steps {field.at} of a window: declare `window`")
             if field.at is not None and not all(0 <= step < self.window.length for step in field.at):  # type: ignore[union-attr]
@@ -134,9 +140,12 @@ class SampleSpec:
         document = asdict(self)
         for side in (document["inputs"], document["targets"]):
             for field in (field for fields in side.values() for field in fields):
-                if field["channels"] is None:  # so that a sample keeps its digest from before there were channels
+                # What is not declared is left out, so that a sample keeps its digest from before one could.
+                if field["channels"] is None:
                     del field["channels"]
-        if self.patch is None:  # likewise
+                if field["function"] is None:
+                    del field["function"], field["scale"]
+        if self.patch is None:
             del document["patch"]
         return document
 

@@ -8,7 +8,8 @@ variances", 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,14 +91,16 @@ def merge(rows: Rows) -> Rows:
 def mean_std(source: Source, cut: Cut, records: Runs) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Physical mean and standard deviation of a field over the given records: one pair, or one a channel.
 
-    Statistics of a window's dimension are merged, because a window visits all of it. A store without statistics
-    is surveyed: `SURVEYED` of the records, evenly spaced, are read.
+    Statistics of a window's dimension are merged, because a window visits all of it. A store without statistics is
+    surveyed, and a field with a function, whose values no store describes: `SURVEYED` of the records, evenly spaced,
+    are read.
 
     Raises:
         InputError: the field has no data in these records.
     """
-    variable = cut.variable
-    merged, _ = summary(source, cut, records, SURVEYED)
+    variable, field = cut.variable, cut.field
+    curve = None if field.function is None else partial(_on_curve, cut)
+    merged, _ = summary(source, cut, records, SURVEYED, curve)
     volume = variable.spatial >= variable.array.ndim - cut.records  # axis 1 is space, whose statistics are merged
     if cut.along == "inside" or (volume and len(merged) > 1) or cut.shape[0] % len(merged):
         merged = merge(merged)[None]
@@ -111,7 +114,34 @@ def mean_std(source: Source, cut: Cut, records: Runs) -> tuple[tuple[float, ...]
     return tuple(map(float, mean)), tuple(map(float, np.sqrt(m2 / count)))
 
 
-def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows, int]:
+def _on_curve(cut: Cut, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Values of a field's function, missing ones NaN, filled and clipped as its steps do."""
+    variable, field = cut.variable, cut.field
+    gone = np.isnan(stored) if stored.dtype.kind == "f" else np.zeros(stored.shape, bool)
+    if variable.missing is not None:
+        gone |= stored == variable.missing
+    values = stored * np.float64(variable.scale) + variable.offset
+    declared = field.fill if field.fill is not None else variable.fill
+    values[gone] = np.nan if declared is None else declared
+    if field.clip is not None:
+        values = np.clip(values, *field.clip)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        curved = np.log1p(values / field.scale) if field.function == "log" else np.arcsinh(values / field.scale)
+    if np.isinf(curved).any() or (np.isnan(curved) & ~np.isnan(values)).any():
+        raise InputError(
+            f"{variable.name!r} holds values of {np.nanmin(values):.6g}, and log(1 + value / {field.scale:g}) has none "
+            "at -1 or below: give the field a `clip`, or take asinh"
+        )
+    return curved
+
+
+def summary(
+    source: Source,
+    cut: Cut,
+    records: Runs,
+    survey: int,
+    curve: Callable[[npt.NDArray[Any]], npt.NDArray[np.float64]] | None = None,
+) -> tuple[Rows, int]:
     """Statistics of a field's stored data over the given records, and how many records they come from.
 
     What ingest recorded for all of them, a bounded number of rows at a time, or what is found by reading a few.
@@ -122,16 +152,18 @@ def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows,
             one record.
         records: records.
         survey: most records read where nothing is recorded, evenly spaced.
+        curve: statistics of what it makes of stored values, which are then read; of physical values if None.
 
     Returns:
         One row a channel, [channels, 5], and the number of records.
     """
     variable = cut.variable
     channels = ... if cut.channels is None else list(cut.channels)
-    packing = variable.scale, variable.offset, variable.missing
+    packing = (variable.scale, variable.offset, variable.missing) if curve is None else (1.0, 0.0, None)
+    curved = curve or _as_it_is
     if cut.static:
-        return describe(np.asarray(variable.array[...])[None], *packing)[0], 1
-    recorded = source.meta("stats", variable.name)
+        return describe(curved(np.asarray(variable.array[...]))[None], *packing)[0], 1
+    recorded = source.meta("stats", variable.name) if curve is None else None
     if recorded is not None:
         taken = channels if recorded.shape[1] > 1 else ...
         blocks = [merge(rows)[taken] for rows in _blocks(recorded, _stored(variable, records))]
@@ -139,10 +171,18 @@ def summary(source: Source, cut: Cut, records: Runs, survey: int) -> tuple[Rows,
     chosen = records[np.unique(np.linspace(0, len(records) - 1, min(survey, len(records))).astype(np.int64))]
     most = SURVEYED_BYTES // len(chosen)
     rows = [
-        merge(np.concatenate([describe(part[channels][None], *packing) for part in _parts(variable.array, row, most)]))
+        merge(
+            np.concatenate(
+                [describe(curved(part[channels])[None], *packing) for part in _parts(variable.array, row, most)]
+            )
+        )
         for row in variable.stored_at(chosen).tolist()
     ]
     return merge(np.stack(rows)), len(chosen)
+
+
+def _as_it_is(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return stored
 
 
 def _parts(array: zarr.Array[Any], row: int, most: int) -> Iterator[npt.NDArray[Any]]:

@@ -97,18 +97,28 @@ def load_run(path: str | Path) -> Run:
 
 def served_graph(run: Run) -> ServedGraph:
     """The graph of a run, in eval mode."""
-    inputs, targets = (Preprocess.from_json(run.record["preprocess"][side]) for side in ("inputs", "targets"))
-    return ServedGraph(run.model, inputs, targets).eval()
+    return ServedGraph(run.model, _preprocess(run, "inputs"), _preprocess(run, "targets")).eval()
 
 
 def signature(run: Run, max_batch: int) -> Signature:
     """What crosses the wire: raw variables in, one float32 tensor a target out, in the unit of its variable."""
     inputs = tuple(cut.spec for cuts in run.sample.inputs.values() for cut in cuts)
+    targets = _preprocess(run, "targets")
     outputs = tuple(
-        TensorSpec(name, "float32", (sum(cut.shape[0] for cut in cuts), *cuts[0].shape[1:]), cuts[0].variable.unit)
+        TensorSpec(
+            name,
+            "float32",
+            targets.shape((sum(cut.shape[0] for cut in cuts), *cuts[0].shape[1:])),
+            cuts[0].variable.unit,
+        )
         for name, cuts in run.sample.targets.items()
     )
     return Signature(inputs, outputs, max_batch)
+
+
+def _preprocess(run: Run, side: str) -> Preprocess:
+    """What a served sample goes through: the twins of what training drew at random."""
+    return Preprocess.from_json(run.record["preprocess"][side]).eval()
 
 
 def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gpuops.errors import InputError
+from gpuops.preprocess import geometry
+from gpuops.preprocess.fold import fold, inverse
 from gpuops.preprocess.steps import Preprocess
-from gpuops_kernels import transform
+from gpuops_kernels import transform, window
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What random steps are drawn from."""
+
+    ids: npt.NDArray[np.int64]
+    """Sample ids of the batch, int64 [n]."""
+    seed: int
+    """The run's seed."""
+    epoch: int
+    """Epoch, from 0."""
 
 
 class PreprocessModule(nn.Module):
@@ -24,22 +42,37 @@ class PreprocessModule(nn.Module):
         super().__init__()
         self.preprocess = preprocess
         self.dtype = dtype
-        self._lowered = [name for name in preprocess.tensors if preprocess.fold(name) is not None]
-        for name in self._lowered:
-            folded = preprocess.fold(name)
-            assert folded is not None
+        self._functions: dict[str, str] = {}
+        for name in preprocess.tensors:
+            folded = fold(preprocess, name)
+            if folded is None:
+                continue
+            self._functions[name] = folded.functions
             self.register_buffer(f"table_{name}", torch.from_numpy(folded.table), persistent=False)
             self.register_buffer(f"missing_{name}", torch.from_numpy(folded.missing), persistent=False)
 
-    def packed(self, slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by name, each stored as [n, channels, ...], to model-ready tensors of the same shapes."""
+    def packed(self, slot: Mapping[str, Tensor], draw: Draw | None = None) -> dict[str, Tensor]:
+        """Tensors by name, each stored as [n, channels, *spatial], to model-ready ones.
+
+        Args:
+            slot: stored tensors.
+            draw: what random steps are drawn from; None where there are none.
+
+        Raises:
+            InputError: random steps without a draw, or a crop that does not fit.
+        """
+        if draw is None and self.preprocess.random:
+            raise InputError("random steps need sample ids, seed and epoch: pass a Draw, or prepare with eval()")
         ready = {}
         for name in self.preprocess.tensors:
             stored = slot[name]
-            if name in self._lowered:
+            if self.preprocess.geometry and stored.dim() > 3:
+                ready[name] = self._moved(name, stored, draw)
+            elif name in self._functions:
                 run = torch.ops.gpuops.transform if torch.compiler.is_compiling() else transform.launch
-                stored = run(stored, *self._coefficients(name), self.dtype)
-            ready[name] = stored
+                ready[name] = run(stored, *self._coefficients(name), self.dtype, self._functions[name])
+            else:
+                ready[name] = stored
         return ready
 
     def forward(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,9 +85,66 @@ class PreprocessModule(nn.Module):
 
     def physical(self, name: str, values: Tensor) -> Tensor:
         """Normalised values [n, channels, ...] of one tensor back to physical units, float32."""
-        channels = (1, -1) + (1,) * (values.ndim - 2)
-        scale, offset = (torch.as_tensor(v, dtype=torch.float32) for v in self.preprocess.inverse(name))
-        return values.float() * scale.to(values.device).view(channels) + offset.to(values.device).view(channels)
+        values = values.float()
+        per_channel = (1, -1) + (1,) * (values.ndim - 2)
+        for stage in inverse(self.preprocess, name):
+            scale, offset = (
+                torch.as_tensor(np.array(v), dtype=torch.float32).to(values.device).view(per_channel)
+                for v in (stage.scale, stage.offset)
+            )
+            values = values * scale + offset
+            if "log" in stage.undo:
+                chosen = torch.tensor([undo == "log" for undo in stage.undo], device=values.device).view(per_channel)
+                values = torch.where(chosen, torch.exp(values), values)
+            if "asinh" in stage.undo:
+                chosen = torch.tensor([undo == "asinh" for undo in stage.undo], device=values.device).view(per_channel)
+                values = torch.where(chosen, torch.sinh(values), values)
+        return values
+
+    def _moved(self, name: str, stored: Tensor, draw: Draw | None) -> Tensor:
+        """One tensor that is cropped, mirrored or turned."""
+        steps, spatial = self.preprocess.geometry, stored.shape[2:]
+        size = geometry.out_shape(steps, spatial)
+        if torch.compiler.is_compiling():  # a served sample is one window, known when the graph is made
+            for axis, (whole, length) in enumerate(zip(spatial, size, strict=True), 2):
+                stored = stored.narrow(axis, (whole - length) // 2, length)
+            stored = stored.contiguous()
+            if name not in self._functions:
+                return stored
+            functions = self._functions[name]
+            ready: Tensor = torch.ops.gpuops.transform(stored, *self._coefficients(name), self.dtype, functions)
+            return ready
+        ids = np.arange(len(stored)) if draw is None else draw.ids
+        seed, epoch = (0, 0) if draw is None else (draw.seed, draw.epoch)
+        table = torch.from_numpy(geometry.table(steps, ids, seed, epoch, spatial))
+        if name not in self._functions:
+            return _gather(stored, table, size)
+        coefficients = self._coefficients(name)
+        return window.launch(stored, table, *coefficients, self.dtype, size, "error", self._functions[name])
 
     def _coefficients(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"table_{name}"), getattr(self, f"missing_{name}")
+
+
+def _gather(stored: Tensor, table: Tensor, size: tuple[int, ...]) -> Tensor:
+    """What the window kernel takes, of values that stay as they are stored: labels, indices."""
+    axes, count = len(size), len(table)
+    entries = table.to(stored.device, torch.int64, non_blocking=True)
+    flip, rot = (entries[:, column].view(-1, *(1,) * axes) for column in (-2, -1))
+    # The element of the unturned, unmirrored window that each element of the result is.
+    grid = list(torch.meshgrid(*[torch.arange(length, device=stored.device) for length in size], indexing="ij"))
+    rows, cols = (grid[axis].expand(count, *size) for axis in (-2, -1))
+    height, width = size[-2:]
+    turned = (rot % 2) == 1
+    y, x = torch.where(turned, cols, rows), torch.where(turned, rows, cols)
+    y = torch.where((rot == 2) | (rot == 3), height - 1 - y, y)
+    x = torch.where((rot == 1) | (rot == 2), width - 1 - x, x)
+    places = [*[axis.expand(count, *size) for axis in grid[:-2]], y, x]
+    index = []
+    for axis, (place, length) in enumerate(zip(places, size, strict=True)):
+        mirrored = (flip >> (axes - 1 - axis)) % 2 == 1
+        start = entries[:, 1 + axis].view(-1, *(1,) * axes)
+        index.append((start + torch.where(mirrored, length - 1 - place, place)).unsqueeze(1))
+    sample = entries[:, 0].view(-1, 1, *(1,) * axes)
+    channel = torch.arange(stored.shape[1], device=stored.device).view(1, -1, *(1,) * axes)
+    return stored[(sample, channel, *index)]

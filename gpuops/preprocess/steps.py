@@ -1,25 +1,28 @@
 """Declared preprocessing: what happens to each stored variable, as data that can be read, compared and kept.
 
 A `Preprocess` maps stored variables to named tensors. All steps of a tensor fold, in float64, into one table of
-coefficients a channel, so that a tensor costs one launch of `torch.ops.gpuops.transform`:
-
-    y = fill                              where the stored value is missing
-    y = clip(a * stored + b, low, high)   elsewhere
-
-Missing values are replaced before clipping; without a `Fill` they become NaN.
+coefficients a channel (see `gpuops.preprocess.fold`), so that a tensor costs one launch, whatever is declared. Missing
+values are replaced before clipping; without a `Fill` they become NaN. Crops, mirrors and turns are declared once for
+all tensors (see `gpuops.preprocess.geometry`) and are part of that launch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from gpuops.errors import InputError
+from gpuops.preprocess import geometry
+from gpuops.preprocess.geometry import GeometryStep
+
+_Known = TypeVar("_Known")
+
+COPY_BYTES_S = 3.0e12
+"""Bytes a second, read and written, of a device copy on an H100: what `explain` counts a floor with."""
 
 Values = tuple[float, ...]
 """One value for all channels of a variable, or one a channel."""
@@ -37,6 +40,10 @@ class Unpack:
     missing: int | float | None = None
     """Stored value that means "no data"; in a float array NaN does as well."""
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale and math.isfinite(self.offset)):
+            raise InputError(f"unpack by scale {self.scale} and offset {self.offset}: both finite, scale not 0")
+
 
 @dataclass(frozen=True, slots=True)
 class Fill:
@@ -44,6 +51,10 @@ class Fill:
 
     step: ClassVar[str] = "fill"
     value: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise InputError(f"fill with {self.value}: give a finite value, or leave the step out to keep NaN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,39 @@ class Clip:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if self.low is not None and self.high is not None and not self.low <= self.high:
+        if not (-math.inf if self.low is None else self.low) <= (math.inf if self.high is None else self.high):
             raise InputError(f"clip to [{self.low}, {self.high}] leaves nothing: give the smaller bound first")
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Natural logarithm of value / scale + offset; ln(1 + value / scale) by default, for what is 0 or more.
+
+    What is not positive there becomes NaN (-inf at 0): clip before, or choose the offset.
+    """
+
+    step: ClassVar[str] = "log"
+    scale: float = 1.0
+    """Values around it are where the curve bends."""
+    offset: float = 1.0
+    """Added after the division."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.offset)):
+            raise InputError(f"log by scale {self.scale} and offset {self.offset}: both finite, scale positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Asinh:
+    """asinh(value / scale): linear for small values, logarithmic for large ones of either sign."""
+
+    step: ClassVar[str] = "asinh"
+    scale: float = 1.0
+    """Values around it are where the curve bends."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise InputError(f"asinh by scale {self.scale}: give a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +117,8 @@ class Normalize:
             )
 
 
-Step = Unpack | Fill | Clip | Normalize
-_STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Unpack, Fill, Clip, Normalize)}
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """The folded steps of one tensor, as `torch.ops.gpuops.transform` takes them."""
-
-    table: npt.NDArray[np.float32]
-    """float32 [6, channels]; rows a, b, low, high, fill, absent (a float32 stored value that is missing, or NaN)."""
-    missing: npt.NDArray[np.int32]
-    """int32 [2, channels]; rows value, flag (0: the channel has no missing value)."""
+Step = Unpack | Fill | Clip | Log | Asinh | Normalize
+_STEPS: dict[str, type[Step]] = {kind.step: kind for kind in (Unpack, Fill, Clip, Log, Asinh, Normalize)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,49 +144,18 @@ class Part:
                     f"and {len(step.std)} standard deviations: give one, or one a channel"
                 )
 
-    def fold(self) -> Coefficients:
-        """Coefficients of these channels; folded in float64, rounded once to float32."""
-        ones = np.ones(self.channels)
-        a, b, low, high, fill = ones, 0 * ones, -np.inf * ones, np.inf * ones, np.nan * ones
-        is_float = self.dtype == "float32"
-        value, flag, absent = 0, is_float, np.nan * ones
-        for step in self.steps:
-            match step:
-                case Unpack():
-                    a, b = a * step.scale, b * step.scale + step.offset
-                    if step.missing is not None and is_float:
-                        absent = step.missing * ones
-                    elif step.missing is not None:
-                        value, flag = int(step.missing), True
-                case Fill():
-                    fill = np.where(np.isnan(fill), step.value, fill)  # an earlier Fill left nothing missing
-                case Clip():
-                    bounds = (-np.inf if step.low is None else step.low, np.inf if step.high is None else step.high)
-                    low, high, fill = (np.clip(v, *bounds) for v in (low, high, fill))
-                case Normalize():
-                    mean, std = (np.broadcast_to(v, self.channels) for v in (step.mean, step.std))
-                    a = a / std
-                    b, low, high, fill = ((v - mean) / std for v in (b, low, high, fill))
-        table = np.stack([a, b, low, high, fill, absent]).astype(np.float32)
-        missing = np.tile(np.array([[value], [flag]], np.int32), (1, self.channels))
-        return Coefficients(table, missing)
-
-    def inverse(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """(scale, offset), float64 [channels]: physical = normalised * scale + offset."""
-        scale, offset = np.ones(self.channels), np.zeros(self.channels)
-        for step in reversed(self.steps):
-            if isinstance(step, Normalize):
-                scale, offset = scale * step.std, offset * step.std + np.asarray(step.mean)
-        return np.broadcast_to(scale, self.channels), np.broadcast_to(offset, self.channels)
-
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
     """Named tensors and the stored variables each is made of, in channel order."""
 
     tensors: Mapping[str, tuple[Part, ...]]
+    """Parts by tensor name."""
+    geometry: tuple[GeometryStep, ...] = ()
+    """What is cut out of every tensor that has two spatial axes or more, and how it is mirrored and turned."""
 
     def __post_init__(self) -> None:
+        geometry.check_order(self.geometry)
         names = [part.name for parts in self.tensors.values() for part in parts]
         if len(set(names)) != len(names):
             raise InputError(f"raw inputs must have different names, got {names}: give one of them a `name`")
@@ -167,75 +168,96 @@ class Preprocess:
             if any(part.steps for part in parts) and not all(part.steps for part in parts):
                 raise InputError(f"tensor {tensor!r} mixes raw and preprocessed variables: declare two tensors")
 
-    def fold(self, tensor: str) -> Coefficients | None:
-        """Coefficients of one tensor; None if its stored values pass through unchanged."""
-        parts = self.tensors[tensor]
-        if not parts[0].steps:
-            return None
-        folded = [part.fold() for part in parts]
-        return Coefficients(
-            np.concatenate([f.table for f in folded], axis=1), np.concatenate([f.missing for f in folded], axis=1)
-        )
+    @property
+    def random(self) -> bool:
+        """Whether a sample's values depend on where its id and the epoch put them."""
+        return self.eval() != self
 
-    def inverse(self, tensor: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """(scale, offset), float64 [channels]: physical = tensor * scale + offset."""
-        sides = [part.inverse() for part in self.tensors[tensor]]
-        return np.concatenate([s for s, _ in sides]), np.concatenate([o for _, o in sides])
+    def eval(self) -> Preprocess:
+        """What evaluation and serving do: every random step replaced by its twin."""
+        return replace(self, geometry=geometry.twins(self.geometry))
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one prepared sample [channels, *spatial] of a stored one; crops need two spatial axes."""
+        if len(stored) < 3:
+            return tuple(stored)
+        return (stored[0], *geometry.out_shape(self.geometry, stored[1:]))
 
     def explain(self, sample_shape: Mapping[str, Sequence[int]], out_bytes: int = 4) -> str:
-        """What one sample costs: launches and bytes moved, by tensor.
+        """What one sample costs: launches, and the bytes that no kernel could save, by tensor.
 
         Args:
-            sample_shape: shape of one sample of each tensor, channels first.
+            sample_shape: shape of one stored sample of each tensor, channels first.
             out_bytes: bytes of an output element (4 float32, 2 bf16).
         """
         lines = []
         for tensor, parts in self.tensors.items():
-            elements, stored = math.prod(sample_shape[tensor]), np.dtype(parts[0].dtype).itemsize
-            cost = (
-                f"{elements * stored:,} B read, {elements * out_bytes:,} B written" if parts[0].steps else "as stored"
-            )
-            lines.append(f"{tensor}: {1 if parts[0].steps else 0} launch, {cost}")
+            shape = self.shape(sample_shape[tensor])
+            elements, stored = math.prod(shape), np.dtype(parts[0].dtype).itemsize
+            moved = bool(self.geometry) and len(shape) > 2
+            if parts[0].steps:
+                read, written = elements * stored, elements * out_bytes
+                launch = "1 launch (window)" if moved else "1 launch (transform)"
+                floor = (read + written) / COPY_BYTES_S * 1e6
+                lines.append(f"{tensor}: {launch}, {read:,} B read, {written:,} B written, floor {floor:.2f} us")
+            elif moved:
+                lines.append(f"{tensor}: 1 gather by torch (raw values keep their dtype), {2 * elements * stored:,} B")
+            else:
+                lines.append(f"{tensor}: 0 launch, as stored")
             lines += [
                 f"  {p.name} [{p.channels}] {p.dtype}: {' -> '.join(map(_brief, p.steps)) or 'raw'}" for p in parts
             ]
+        for step in self.geometry:
+            twin = geometry.twins((step,))
+            instead = "" if twin == (step,) else f" (evaluation: {_brief(twin[0]) if twin else 'nothing'})"
+            lines.append(f"geometry, in the same launches: {_brief(step)}{instead}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; `from_json` is its inverse."""
-        return {
+        tensors = {
             tensor: [
                 {
                     "name": part.name,
                     "channels": part.channels,
                     "dtype": part.dtype,
-                    "steps": [{"step": step.step, **_listed(asdict(step))} for step in part.steps],
+                    "steps": [_step_to_json(step) for step in part.steps],
                 }
                 for part in parts
             ]
             for tensor, parts in self.tensors.items()
         }
+        if not self.geometry:
+            return tensors
+        return {"tensors": tensors, "geometry": [_step_to_json(step) for step in self.geometry]}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Preprocess:
         """Inverse of `to_json`; InputError names a step that this gpuops does not know."""
+        moved = isinstance(document.get("tensors"), Mapping)
+        tensors = document["tensors"] if moved else document
         return cls(
             {
                 tensor: tuple(
-                    Part(p["name"], p["channels"], p["dtype"], tuple(_step_from_json(s) for s in p["steps"]))
+                    Part(p["name"], p["channels"], p["dtype"], tuple(_step_from_json(s, _STEPS) for s in p["steps"]))
                     for p in parts
                 )
-                for tensor, parts in document.items()
-            }
+                for tensor, parts in tensors.items()
+            },
+            tuple(_step_from_json(s, geometry.STEPS) for s in document["geometry"]) if moved else (),
         )
 
 
-def _step_from_json(document: Mapping[str, Any]) -> Step:
-    kind = _STEPS.get(document["step"])
+def _step_to_json(step: Any) -> dict[str, Any]:
+    return {"step": step.step, **_listed(asdict(step))}
+
+
+def _step_from_json(document: Mapping[str, Any], known: Mapping[str, type[_Known]]) -> _Known:
+    kind = known.get(document["step"])
     if kind is None:
-        raise InputError(f"unknown step {document['step']!r}; this gpuops knows {', '.join(_STEPS)}")
+        raise InputError(f"unknown step {document['step']!r}; this gpuops knows {', '.join(known)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k != "step"}
-    unknown = given.keys() - {f.name for f in fields(kind)}
+    unknown = given.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise InputError(f"step {document['step']!r} has {', '.join(sorted(unknown))}, which this gpuops does not know")
     values: dict[str, Any] = given
@@ -246,6 +268,6 @@ def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def _brief(step: Step) -> str:
+def _brief(step: Any) -> str:
     values = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in asdict(step).values())
     return f"{step.step}({', '.join(values)})"

@@ -4,6 +4,8 @@
     v = clip(fma(a1, f1(v), b1), lo1, hi1)         for each function f1, f2, ... of `functions`
     y = fill where x is missing, else v             rounded to nearest even
 
+A function is the same for all channels, or each channel's own.
+
 Unpacking (scale and offset), clipping and normalising between two functions are one affine map and one clip a channel;
 the caller folds them in float64. All arithmetic is float32. The kernels' multiply-adds round once (fma); `reference`
 rounds twice, because plain aten and ONNX have no fma. A NaN that is not missing stays NaN, in every clip too.
@@ -26,15 +28,16 @@ INPUT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32,
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of results."""
 
-FUNCTIONS = ("log", "asinh")
-"""Functions by name: natural logarithm (negative numbers become NaN, 0 becomes -inf), inverse hyperbolic sine."""
+FUNCTIONS = ("log", "asinh", "each")
+"""Functions by name: natural logarithm (negative numbers become NaN, 0 becomes -inf), inverse hyperbolic sine, and what
+each channel's `kind` says: 0 for none, 1 for log, 2 for asinh."""
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @cache
 def parse(functions: str) -> tuple[int, int]:
-    """(code, number) of a comma-separated list: two bits a function, from the lowest, 1 for log and 2 for asinh.
+    """(code, number) of a comma-separated list: two bits a function, from the lowest; 1 log, 2 asinh, 3 each.
 
     Raises:
         ValueError: a name that is not in `FUNCTIONS`, or more than eight of them.
@@ -49,8 +52,11 @@ def parse(functions: str) -> tuple[int, int]:
 
 
 def rows(functions: str) -> int:
-    """Rows of `coefficients`: a, b, lo, hi before the first function and after each, then fill and absent."""
-    return 4 * (parse(functions)[1] + 1) + 2
+    """Rows of `coefficients`: a, b, lo, hi; for each function kind, a, b, lo, hi; then fill and absent.
+
+    Kind is read where the function is "each".
+    """
+    return 4 + 5 * parse(functions)[1] + 2
 
 
 def reference(
@@ -83,7 +89,12 @@ def reference(
         is_missing = is_missing | outside
     y = _affine_clip(x.to(torch.float32), row[:4])
     for i, name in enumerate(functions.split(",") if functions else []):
-        y = _affine_clip(torch.log(y) if name == "log" else torch.asinh(y), row[4 * i + 4 : 4 * i + 8])
+        if name == "each":
+            kind = row[5 * i + 4]
+            y = torch.where(kind == 1, torch.log(y), torch.where(kind == 2, torch.asinh(y), y))
+        else:
+            y = torch.log(y) if name == "log" else torch.asinh(y)
+        y = _affine_clip(y, row[5 * i + 5 : 5 * i + 9])
     return torch.where(is_missing, row[-2], y).to(dtype)
 
 
@@ -120,7 +131,7 @@ def finish(  # type: ignore[no-untyped-def]
     Args:
         x: Stored numbers.
         outside: Elements that are filled whatever they hold, or False.
-        coefficients_ptr: [4 * NUMBER + 6, C] float32.
+        coefficients_ptr: [5 * NUMBER + 6, C] float32.
         missing_ptr: [2, C] int32.
         channel: Channel of each element; a shape that broadcasts to that of `x`, so that a plane loads a number once.
         C: Channels.
@@ -128,7 +139,7 @@ def finish(  # type: ignore[no-untyped-def]
         NUMBER: How many they are.
         INTERPRETED: See `store`.
     """
-    last = coefficients_ptr + (4 * NUMBER + 4) * C + channel
+    last = coefficients_ptr + (5 * NUMBER + 4) * C + channel
     fill = tl.load(last)
     flag = tl.load(missing_ptr + C + channel)
     # The condition is known at compile time: one of the two is compiled, and loads its own row.
@@ -139,8 +150,15 @@ def finish(  # type: ignore[no-untyped-def]
     is_missing = (is_missing & (flag != 0)) | outside
     y = _affine_clip_kernel(x.to(tl.float32), coefficients_ptr + channel, C)
     for i in tl.static_range(NUMBER):
-        y = _log(y, INTERPRETED) if ((CODE >> 2 * i) & 3) == 1 else _asinh(y, INTERPRETED)
-        y = _affine_clip_kernel(y, coefficients_ptr + (4 * i + 4) * C + channel, C)
+        row = coefficients_ptr + (5 * i + 4) * C + channel
+        if ((CODE >> 2 * i) & 3) == 1:
+            y = _log(y, INTERPRETED)
+        elif ((CODE >> 2 * i) & 3) == 2:
+            y = _asinh(y, INTERPRETED)
+        else:
+            kind = tl.load(row)
+            y = tl.where(kind == 1, _log(y, INTERPRETED), tl.where(kind == 2, _asinh(y, INTERPRETED), y))
+        y = _affine_clip_kernel(y, row + C, C)
     return tl.where(is_missing, fill, y), is_missing
 
 

@@ -39,8 +39,8 @@ def reference(
     Args:
         x: [N, C, *spatial] stored numbers, or [N, *spatial, C] if `layout` begins with NHWC; dtype one of
             `INPUT_DTYPES`, 0 to 3 spatial axes.
-        coefficients: [epilogue.rows(functions), C] float32: a, b, lo, hi before the first function and after each, then
-            fill, absent. lo and hi may be infinite; lo <= hi. A float32 `x` equal to absent is missing; NaN there means
+        coefficients: [epilogue.rows(functions), C] float32: a, b, lo, hi; kind, a, b, lo, hi for each function; fill,
+            absent. lo and hi may be infinite; lo <= hi. A float32 `x` equal to absent is missing; NaN there means
             that there is no such value.
         missing: [2, C] int32, rows value, flag. Where flag is 0 the channel has no missing value. For float32 `x` NaN
             and absent are missing and the value row is not read.
@@ -80,7 +80,7 @@ def transform_kernel(  # type: ignore[no-untyped-def]
     Args:
         x_ptr: [planes, inner] stored numbers.
         y_ptr: [planes, inner] results.
-        coefficients_ptr: [4 * NUMBER + 6, C] float32.
+        coefficients_ptr: [5 * NUMBER + 6, C] float32.
         missing_ptr: [2, C] int32.
         planes: N * C.
         inner: Elements a plane. A multiple of 16 gives 128-bit loads and stores, which Triton picks at each call.
@@ -133,7 +133,7 @@ def move_kernel(  # type: ignore[no-untyped-def]
     Args:
         x_ptr: [N, inner, C] stored numbers if FROM_LAST, else [N, C, inner].
         y_ptr: The results, in the other order.
-        coefficients_ptr: [4 * NUMBER + 6, C] float32.
+        coefficients_ptr: [5 * NUMBER + 6, C] float32.
         missing_ptr: [2, C] int32.
         inner: Pixels a sample.
         C: Channels.

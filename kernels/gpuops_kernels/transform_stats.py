@@ -130,7 +130,7 @@ def stats_kernel(  # type: ignore[no-untyped-def]
     Args:
         x_ptr: [samples, C, inner] stored numbers.
         y_ptr: [samples, C, inner] results.
-        coefficients_ptr: [4 * NUMBER + 6, C] float32.
+        coefficients_ptr: [5 * NUMBER + 6, C] float32.
         missing_ptr: [2, C] int32.
         edges_ptr: [2, C] float32; read where HISTOGRAM.
         parts_ptr: [C, parts, 7] float64, what this program found.

@@ -123,7 +123,7 @@ def window_kernel(  # type: ignore[no-untyped-def]
         addresses_ptr: int64 [K], addresses of the chunks [C, Z, Y, X] where SEPARATE; not read otherwise.
         table_ptr: int32 [N, 6]: chunk, z, y, x, flip, rot.
         y_ptr: [N, C, D, H, W] results.
-        coefficients_ptr: [4 * NUMBER + 6, C] float32.
+        coefficients_ptr: [5 * NUMBER + 6, C] float32.
         missing_ptr: [2, C] int32.
         C: Channels.
         Z: Planes of a chunk and channel.

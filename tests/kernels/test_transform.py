@@ -38,7 +38,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     shape=shapes(),
     dtype=st.sampled_from(room.INPUT_DTYPES),
     out=st.sampled_from(room.OUTPUT_DTYPES),
-    functions=st.sampled_from(["", "", "log", "asinh", "log,asinh", "asinh,asinh,log"]),
+    functions=st.sampled_from(["", "", "log", "asinh", "log,asinh", "asinh,each,log", "each"]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_matches_float64(
@@ -149,8 +149,8 @@ BAD_ARGUMENTS = [
     ("missing", torch.zeros(2, 3, device="meta", dtype=torch.int32), r"missing\.to\(x\.device\)"),
     ("dtype", torch.float64, "dtype is torch.float64: ask for one of torch.float32"),
     ("dtype", torch.int16, "dtype is torch.int16"),
-    ("functions", "sqrt", "functions is 'sqrt': name at most eight of log, asinh"),
-    ("functions", "log", r"coefficients has shape \(6, 3\): x has 3 channels, so pass \[10, 3\]"),
+    ("functions", "sqrt", "functions is 'sqrt': name at most eight of log, asinh, each"),
+    ("functions", "log", r"coefficients has shape \(6, 3\): x has 3 channels, so pass \[11, 3\]"),
     ("layout", "NHWC", "layout is 'NHWC': pass one of keep, NHWC->NCHW, NCHW->NHWC"),
     ("layout", "NHWC->NCHW", r"x has 4 channels, so pass \[6, 4\]"),
 ]
