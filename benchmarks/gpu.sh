@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu.sh demo     the demo (`make demo`), then every test marked gpu
 #   benchmarks/gpu.sh loader   the loader from disk to a training step, each stage against its own ceiling
+#   benchmarks/gpu.sh kernels  the kernels: their tests on the GPU, then each against a copy and torch.compile
 #
 # From the environment:
 #   PYTHON   interpreter that has torch, triton and lightning; they are used as they are (default: python3)
@@ -11,7 +12,8 @@
 #   OUT      folder that the results are copied to as well (default: none)
 #
 # Writes benchmarks/results/<name of the GPU>/, for the demo demo.json: its summary, the tests' counts
-# and the versions; for the loader gpu-loader.json and, on that machine's processor, loader.json.
+# and the versions; for the loader gpu-loader.json and, on that machine's processor, loader.json; for the kernels
+# kernels.json. Where compute-sanitizer is installed, the kernels' tests run once more under it.
 # Exits with 1 if there is no GPU, a test failed or none ran, with 2 if it does not know what it was asked for.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
@@ -19,7 +21,7 @@ fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
 [ $# -eq 1 ] || fail "which part? benchmarks/gpu.sh demo (--help says more)" 2
 case $1 in
   -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-  demo|loader) part=$1 ;;
+  demo|loader|kernels) part=$1 ;;
   *) fail "there is no part $1: benchmarks/gpu.sh demo (--help says more)" 2 ;;
 esac
 nvidia-smi --list-gpus >/dev/null 2>&1 \
@@ -34,6 +36,21 @@ if [ "$part" = loader ]; then
   "$VENV/bin/python" benchmarks/gpu_loader.py
   "$VENV/bin/python" benchmarks/bench_loader.py --quick
   if [ -n "$OUT" ]; then cp benchmarks/results/*/{gpu-loader,loader}.json "$OUT/"; fi
+  exit 0
+fi
+
+if [ "$part" = kernels ]; then
+  make setup "PYTHON=${PYTHON:-python3}" SYSTEM_SITE=1 "WHEELS=${WHEELS:-}"
+  mapfile -t files < <(grep -lE 'mark\.gpu' tests/kernels/test_*.py)
+  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  "$VENV/bin/python" -m pytest -q -m gpu "${files[@]}"
+  if command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --error-exitcode 9 "$VENV/bin/python" -m pytest -q -m gpu -k "float64 or slices" "${files[@]}"
+  else
+    echo "compute-sanitizer is not installed here, and was not run"
+  fi
+  "$VENV/bin/python" benchmarks/bench_kernels.py
+  if [ -n "$OUT" ]; then cp benchmarks/results/*/kernels.json "$OUT/"; fi
   exit 0
 fi
 

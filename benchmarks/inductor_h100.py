@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import cubin
+import kernel_pipelines
 import torch
 import triton
 from torch._dynamo import device_interface
@@ -56,9 +57,7 @@ H100 = SimpleNamespace(
     shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20,
 )
-SHAPE = 32, 8, 512, 512
-"""Samples, channels, height, width of every pipeline's input."""
-WINDOWS, SIZE, CHUNKS = 32, 224, 16
+WINDOWS, CHUNKS = 32, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,68 +73,23 @@ class Pipeline:
     """With cooperative reductions, which PyTorch does not use unless told to."""
 
 
-def affine(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    y = x.float() * a.view(-1, 1, 1) + b.view(-1, 1, 1)
-    return torch.where(x == -32768, 0.0, y.clamp(-5.0, 5.0))
-
-
-def transform(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return affine(x, a, b).to(torch.bfloat16)
-
-
-def transform_asinh(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.asinh(affine(x, a, b)).to(torch.bfloat16)
-
-
-def transform_stats(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    y = affine(x, a, b)
-    valid = x != -32768
-    count = valid.sum((0, 2, 3))
-    mean = torch.where(valid, y, 0.0).sum((0, 2, 3)) / count
-    m2 = torch.where(valid, (y - mean.view(-1, 1, 1)).square(), 0.0).sum((0, 2, 3))
-    low = torch.where(valid, y, torch.inf).amin((0, 2, 3))
-    high = torch.where(valid, y, -torch.inf).amax((0, 2, 3))
-    return y.to(torch.bfloat16), count, mean, m2, low, high
-
-
-def window_slab(slab: torch.Tensor, table: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    steps = torch.arange(SIZE, device=slab.device)
-    rows = (table[:, 1, None] + steps)[:, None, :, None]
-    cols = (table[:, 2, None] + steps)[:, None, None, :]
-    channels = torch.arange(slab.shape[1], device=slab.device)[None, :, None, None]
-    return transform(slab[table[:, 0].view(-1, 1, 1, 1), channels, rows, cols], a, b)
-
-
-def window_chunks(table: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *chunks: torch.Tensor) -> torch.Tensor:
-    return window_slab(torch.stack(chunks), table, a, b)
-
-
-def histogram(x: torch.Tensor) -> torch.Tensor:
-    return torch.histc(x.float(), 256, -32768, 32767)
-
-
-def resize(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    y = torch.nn.functional.interpolate(affine(x, a, b), (SIZE, SIZE), mode="bilinear", antialias=True)
-    return y.to(torch.bfloat16)
-
-
 def pipelines() -> list[Pipeline]:
     """What our kernels are measured against."""
-    packed = SHAPE, torch.int16
-    tables = [((SHAPE[1],), torch.float32)] * 2
+    packed = kernel_pipelines.SHAPE, torch.int16
+    tables = [((kernel_pipelines.SHAPE[1],), torch.float32)] * 2
     entries = (WINDOWS, 3), torch.int64
-    chunk = SHAPE[1:], torch.int16
+    chunk = kernel_pipelines.SHAPE[1:], torch.int16
     ragged = (32, 8, 512, 480), torch.int16
     return [
-        Pipeline("transform", transform, [packed, *tables]),
-        Pipeline("transform, dynamic shapes", transform, [ragged, *tables], dynamic=True),
-        Pipeline("transform asinh", transform_asinh, [packed, *tables]),
-        Pipeline("transform_stats", transform_stats, [packed, *tables]),
-        Pipeline("transform_stats, cooperative", transform_stats, [packed, *tables], cooperative=True),
-        Pipeline("window, slab", window_slab, [packed, entries, *tables]),
-        Pipeline("window, chunks", window_chunks, [entries, *tables, *[chunk] * CHUNKS]),
-        Pipeline("histogram", histogram, [packed]),
-        Pipeline("resize antialias", resize, [packed, *tables]),
+        Pipeline("transform", kernel_pipelines.transform, [packed, *tables]),
+        Pipeline("transform, dynamic shapes", kernel_pipelines.transform, [ragged, *tables], dynamic=True),
+        Pipeline("transform asinh", kernel_pipelines.transform_asinh, [packed, *tables]),
+        Pipeline("transform_stats", kernel_pipelines.transform_stats, [packed, *tables]),
+        Pipeline("transform_stats, cooperative", kernel_pipelines.transform_stats, [packed, *tables], cooperative=True),
+        Pipeline("window, slab", kernel_pipelines.window_slab, [packed, entries, *tables]),
+        Pipeline("window, chunks", kernel_pipelines.window_chunks, [entries, *tables, *[chunk] * CHUNKS]),
+        Pipeline("histogram", kernel_pipelines.histogram, [packed]),
+        Pipeline("resize antialias", kernel_pipelines.resize, [packed, *tables]),
     ]
 
 

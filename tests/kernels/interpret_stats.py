@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import triton
 from guard import poisoned_output
 from oracle import Case, integers, is_missing_in, make_case, roundings
 
 from gpuops_kernels import histogram as counting
 from gpuops_kernels import transform, transform_stats
+
+pytestmark = pytest.mark.xfail(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
+    reason="the interpreter of Triton 3.6 cannot loop over a range of arguments with NumPy 2.4",
+    strict=True,
+)
 
 
 def interpret(case: Case, dtype: torch.dtype, edges: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -21,5 +21,5 @@ def test_kernels_in_the_interpreter(kernel: str) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    assert " passed" in run.stdout or " xfailed" in run.stdout
     assert "skipped" not in run.stdout

@@ -17,13 +17,13 @@ pytestmark = [
 
 
 def on_gpu(case: Case) -> Case:
-    return Case(*(tensor.cuda() for tensor in case.args))
+    return Case(*(tensor.cuda() for tensor in case.args), case.functions)
 
 
 def run_on(case: Case, y: torch.Tensor) -> None:
     """What `launch` does, on an output that the caller has poisoned."""
-    grid, arguments = room.plan(case.x, y, case.coefficients, case.missing)
-    room.transform_kernel[grid](*arguments, enable_fp_fusion=False)
+    kernel, grid, arguments = room.plan(case.x, y, case.coefficients, case.missing, case.functions)
+    kernel[grid](*arguments, enable_fp_fusion=False)
 
 
 SHAPES = [
@@ -50,6 +50,26 @@ def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, out: torch.
     assert torch.equal(integers(y), integers(op(*on_gpu(case).args, out)))
     if out == torch.bfloat16:
         assert_nearest_even(y.cpu(), room.launch(*on_gpu(case).args, torch.float32).cpu())
+
+
+@pytest.mark.parametrize("functions", ["log", "asinh", "each", "asinh,log,each"])
+@pytest.mark.parametrize("out", room.OUTPUT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16], ids=str)
+def test_functions_match_float64(dtype: torch.dtype, out: torch.dtype, functions: str) -> None:
+    case = make_case((3, 7, 331), dtype, seed=5, functions=functions)
+    y = room.launch(*on_gpu(case).args, out, functions)
+    assert roundings(y.cpu(), case, exact_fma=True) <= 1
+    assert torch.equal(integers(y), integers(op(*on_gpu(case).args, out, functions)))
+
+
+@pytest.mark.parametrize("layout", room.LAYOUTS[1:])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 3, 31), (2, 70, 5, 9), (1, 16, 4, 8, 16), (2, 200, 3)], ids=str)
+def test_layouts_match_float64(shape: tuple[int, ...], layout: str) -> None:
+    case = make_case(shape, torch.int16, seed=sum(shape))
+    last = layout == "NHWC->NCHW"
+    x = (case.x.movedim(1, -1).contiguous() if last else case.x).cuda()
+    y = room.launch(x, *on_gpu(case).args[1:], torch.bfloat16, "", layout)
+    assert roundings((y if last else y.movedim(-1, 1)).cpu(), case, exact_fma=True) <= 1
 
 
 @pytest.mark.parametrize("out", room.OUTPUT_DTYPES, ids=str)
@@ -97,6 +117,7 @@ def test_more_than_two_to_the_31_elements(shape: tuple[int, ...]) -> None:
         torch.full_like(scale, -torch.inf),
         torch.full_like(scale, 300.0),
         torch.full_like(scale, -7.0),
+        torch.full_like(scale, torch.nan),
     ]
     missing = torch.tensor([[255] * channels, [1] * channels], dtype=torch.int32)
     case = Case(x, torch.stack(rows).cuda(), missing.cuda())
