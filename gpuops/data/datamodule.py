@@ -30,6 +30,7 @@ from gpuops.data.split import Period, make_split, sample_runs
 from gpuops.errors import InputError
 from gpuops.lineage.version import digest
 from gpuops.preprocess.geometry import Augment as Augment
+from gpuops.preprocess.geometry import Resize as Resize
 from gpuops.preprocess.module import PreprocessModule
 
 LANES = 48
@@ -67,6 +68,7 @@ class ZarrDataModule(LightningDataModule):
         patch: Patch | None = None,
         align: str | None = None,
         augment: Augment | None = None,
+        resize: Resize | None = None,
     ) -> None:
         """Declare what a sample is.
 
@@ -98,11 +100,13 @@ class ZarrDataModule(LightningDataModule):
             align: dimension whose coordinate aligns several stores; the one that they share if None.
             augment: what training does to samples at random: crop, mirror, turn; inputs and targets alike, the same for
                 a sample and epoch on any number of ranks. Validation, test and prediction take the middle of a crop.
+            resize: height and width that samples are resampled to after that, in evaluation and serving too.
         """
         super().__init__()
         self.url, self.snapshot, self.align, self.holdout, self.test = url, snapshot, align, holdout, test
         self.train, self.gap, self.sampling, self.missing_chunks = train, gap, sampling, missing_chunks
         self.sample, self.augment = SampleSpec(inputs, targets, window, patch), augment
+        self.resize = resize
         self.global_batch, self.seed, self.threads, self.budget_mb = global_batch, seed, threads, budget_mb
         self.dtype = _dtype(dtype)
         self._cache = None if cache_dir is None else CacheLocation(cache_dir, int(cache_gb * 1e9))
@@ -150,7 +154,9 @@ class ZarrDataModule(LightningDataModule):
             self._train_order = self.train_ids.aligned(self.lanes.block)
         sides = {"inputs": self.bound.inputs, "targets": self.bound.targets}
         self.preprocess = {
-            side: freeze(source, cuts, self.train_records, fill=side == "inputs", augment=self.augment)
+            side: freeze(
+                source, cuts, self.train_records, fill=side == "inputs", augment=self.augment, resize=self.resize
+            )
             for side, cuts in sides.items()
         }
         self._back = PreprocessModule(self.preprocess["targets"])

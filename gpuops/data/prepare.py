@@ -13,7 +13,7 @@ from gpuops.data.sample import BoundSample, Cut, Field
 from gpuops.data.source import Source
 from gpuops.data.statistics import mean_std, summary
 from gpuops.errors import InputError
-from gpuops.preprocess.geometry import Augment
+from gpuops.preprocess.geometry import Augment, Resize
 from gpuops.preprocess.steps import Asinh, Clip, Fill, Log, Normalize, Part, Preprocess, Step, Unpack
 from gpuops.spec import DTYPES
 
@@ -28,6 +28,7 @@ def freeze(
     *,
     fill: bool,
     augment: Augment | None = None,
+    resize: Resize | None = None,
 ) -> Preprocess:
     """Freeze the declared steps of one side of a sample.
 
@@ -37,13 +38,14 @@ def freeze(
         records: the training split, whose statistics are used.
         fill: give missing data the mean where nothing else is declared (inputs); targets keep it as NaN.
         augment: what training does to samples at random.
+        resize: what is resampled after that, in evaluation as well.
 
     Raises:
         InputError: fields that no kernel reads or that cannot be normalised, or a crop that does not fit.
     """
     frozen = Preprocess(
         {name: tuple(_part(source, cut, records, fill) for cut in cuts) for name, cuts in tensors.items()},
-        () if augment is None else augment.steps(),
+        (*(() if augment is None else augment.steps()), *(() if resize is None else (resize,))),
     )
     for cuts in tensors.values():
         frozen.shape(cuts[0].shape)

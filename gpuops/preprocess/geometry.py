@@ -1,5 +1,7 @@
 """Where a sample's values are taken from: crops, mirrors and turns, as rows of the table that the window kernel reads.
 
+A resize is a step of its own behind them.
+
 Random steps are drawn on the host, from the sample's id and nothing else that varies (see `gpuops.preprocess.philox`),
 so that inputs and targets of a sample are cut alike. Every random step has a twin that evaluation and serving use.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,9 +68,25 @@ class RandomTurn:
     step: ClassVar[str] = "random_turn"
 
 
-GeometryStep = CenterCrop | RandomCrop | RandomFlip | RandomTurn
-STEPS: dict[str, type[GeometryStep]] = {k.step: k for k in (CenterCrop, RandomCrop, RandomFlip, RandomTurn)}
-_ORDER: tuple[type[GeometryStep], ...] = (CenterCrop, RandomCrop, RandomFlip, RandomTurn)
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Resample the last two axes, after everything else; evaluation does as well."""
+
+    step: ClassVar[str] = "resize"
+    size: tuple[int, int]
+    """Height and width."""
+    method: Literal["bilinear", "bicubic", "area"] = "bilinear"
+    """The first two antialiased as in torch, or the exact share of each cell."""
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        if len(self.size) != 2 or self.method not in ("bilinear", "bicubic", "area"):
+            raise InputError(f"resize to {self.size} by {self.method!r}: give two sizes; bilinear, bicubic or area")
+
+
+GeometryStep = CenterCrop | RandomCrop | RandomFlip | RandomTurn | Resize
+STEPS: dict[str, type[GeometryStep]] = {k.step: k for k in (CenterCrop, RandomCrop, RandomFlip, RandomTurn, Resize)}
+_ORDER: tuple[type[GeometryStep], ...] = (CenterCrop, RandomCrop, RandomFlip, RandomTurn, Resize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +108,28 @@ class Augment:
 
 
 def check_order(steps: Sequence[GeometryStep]) -> None:
-    """Raise InputError unless the steps are a crop, a flip and a turn, each at most once, in that order."""
+    """Raise InputError unless the steps are a crop, a flip, a turn and a resize, each at most once, in that order."""
     ranks = [max(_ORDER.index(type(step)), 1) for step in steps]
     if ranks != sorted(set(ranks)):
         names = ", ".join(step.step for step in steps)
-        raise InputError(f"geometry {names}: declare at most one crop, then one flip, then one turn, in that order")
+        raise InputError(f"geometry {names}: declare at most one crop, flip, turn and resize each, in that order")
 
 
 def twins(steps: Sequence[GeometryStep]) -> tuple[GeometryStep, ...]:
     """What evaluation does in place of random steps."""
-    crops = (CenterCrop(step.size) for step in steps if isinstance(step, CenterCrop | RandomCrop))
-    return tuple(crops)
+    kept = (CenterCrop(step.size) if isinstance(step, RandomCrop) else step for step in steps)
+    return tuple(step for step in kept if isinstance(step, CenterCrop | Resize))
 
 
 def out_shape(steps: Sequence[GeometryStep], spatial: Sequence[int]) -> tuple[int, ...]:
-    """Spatial shape after the steps.
+    """Spatial shape after all steps; errors as `window_shape`."""
+    shape = window_shape(steps, spatial)
+    last = steps[-1] if steps else None
+    return (*shape[:-2], *last.size) if isinstance(last, Resize) else shape
+
+
+def window_shape(steps: Sequence[GeometryStep], spatial: Sequence[int]) -> tuple[int, ...]:
+    """Spatial shape of what is gathered: after all steps but a resize.
 
     Raises:
         InputError: a crop that does not fit, or a turn of unequal axes.
@@ -139,9 +164,9 @@ def table(
         int32 [n, axes + 3]: the sample's place in the batch, first element along each axis, flip, rot.
 
     Raises:
-        InputError: see `out_shape`.
+        InputError: see `window_shape`.
     """
-    out = out_shape(steps, spatial)
+    out = window_shape(steps, spatial)
     axes = len(spatial)
     rows = np.zeros((len(ids), axes + 3), np.int64)
     rows[:, 0] = np.arange(len(ids))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gpuops.errors import InputError
 from gpuops.preprocess import geometry
 from gpuops.preprocess.fold import fold, inverse
-from gpuops.preprocess.steps import Preprocess
+from gpuops.preprocess.steps import Fill, Preprocess
 from gpuops_kernels import transform, window
+from gpuops_kernels.resample import resample, weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Draw:
 
 
 class PreprocessModule(nn.Module):
-    """Stored tensors in, model-ready tensors out, one launch a tensor.
+    """Stored tensors in, model-ready tensors out, one launch a tensor (a resize is a second step).
 
     In training the reader's slot already holds each tensor's variables side by side, so `packed` runs the kernel
     directly (`launch`, without the dispatcher). In a served graph the variables arrive by name, and `forward` joins
@@ -43,6 +44,9 @@ class PreprocessModule(nn.Module):
         self.preprocess = preprocess
         self.dtype = dtype
         self._functions: dict[str, str] = {}
+        last = preprocess.geometry[-1] if preprocess.geometry else None
+        self._resize = last if isinstance(last, geometry.Resize) else None
+        self._moves = len(preprocess.geometry) > (self._resize is not None)
         for name in preprocess.tensors:
             folded = fold(preprocess, name)
             if folded is None:
@@ -66,13 +70,12 @@ class PreprocessModule(nn.Module):
         ready = {}
         for name in self.preprocess.tensors:
             stored = slot[name]
-            if self.preprocess.geometry and stored.dim() > 3:
-                ready[name] = self._moved(name, stored, draw)
-            elif name in self._functions:
-                run = torch.ops.gpuops.transform if torch.compiler.is_compiling() else transform.launch
-                ready[name] = run(stored, *self._coefficients(name), self.dtype, self._functions[name])
+            if stored.dim() > 3 and self._resize is not None:
+                if name not in self._functions:
+                    raise InputError(f"tensor {name!r} is raw, and labels have no values in between: leave resize out")
+                ready[name] = self._resized(name, self._placed(name, stored, draw, torch.float32))
             else:
-                ready[name] = stored
+                ready[name] = self._placed(name, stored, draw, self.dtype)
         return ready
 
     def forward(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,10 +104,28 @@ class PreprocessModule(nn.Module):
                 values = torch.where(chosen, torch.sinh(values), values)
         return values
 
-    def _moved(self, name: str, stored: Tensor, draw: Draw | None) -> Tensor:
+    def _placed(self, name: str, stored: Tensor, draw: Draw | None, dtype: torch.dtype) -> Tensor:
+        """One tensor before it is resized: gathered and prepared in one launch."""
+        if self._moves and stored.dim() > 3:
+            return self._moved(name, stored, draw, dtype)
+        if name not in self._functions:
+            return stored
+        run = torch.ops.gpuops.transform if torch.compiler.is_compiling() else transform.launch
+        ready: Tensor = run(stored, *self._coefficients(name), dtype, self._functions[name])
+        return ready
+
+    def _resized(self, name: str, values: Tensor) -> Tensor:
+        """The second op: two matrix products, which no kernel of ours beats."""
+        assert self._resize is not None
+        (height, width), method = self._resize.size, self._resize.method
+        rows, cols = weights(values.shape[-2], height, method), weights(values.shape[-1], width, method)
+        filled = all(any(isinstance(step, Fill) for step in part.steps) for part in self.preprocess.tensors[name])
+        return resample(values, rows.float(), cols.float(), missing=not filled).to(self.dtype)
+
+    def _moved(self, name: str, stored: Tensor, draw: Draw | None, dtype: torch.dtype) -> Tensor:
         """One tensor that is cropped, mirrored or turned."""
         steps, spatial = self.preprocess.geometry, stored.shape[2:]
-        size = geometry.out_shape(steps, spatial)
+        size = geometry.window_shape(steps, spatial)
         if torch.compiler.is_compiling():  # a served sample is one window, known when the graph is made
             for axis, (whole, length) in enumerate(zip(spatial, size, strict=True), 2):
                 stored = stored.narrow(axis, (whole - length) // 2, length)
@@ -112,7 +133,7 @@ class PreprocessModule(nn.Module):
             if name not in self._functions:
                 return stored
             functions = self._functions[name]
-            ready: Tensor = torch.ops.gpuops.transform(stored, *self._coefficients(name), self.dtype, functions)
+            ready: Tensor = torch.ops.gpuops.transform(stored, *self._coefficients(name), dtype, functions)
             return ready
         ids = np.arange(len(stored)) if draw is None else draw.ids
         seed, epoch = (0, 0) if draw is None else (draw.seed, draw.epoch)
@@ -120,7 +141,7 @@ class PreprocessModule(nn.Module):
         if name not in self._functions:
             return _gather(stored, table, size)
         coefficients = self._coefficients(name)
-        return window.launch(stored, table, *coefficients, self.dtype, size, "error", self._functions[name])
+        return window.launch(stored, table, *coefficients, dtype, size, "error", self._functions[name])
 
     def _coefficients(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"table_{name}"), getattr(self, f"missing_{name}")

@@ -192,14 +192,20 @@ class Preprocess:
         """
         lines = []
         for tensor, parts in self.tensors.items():
-            shape = self.shape(sample_shape[tensor])
+            shape = tuple(sample_shape[tensor])
+            resize = self.geometry[-1] if self.geometry and len(shape) > 2 else None
+            moved = len(shape) > 2 and len(self.geometry) > isinstance(resize, geometry.Resize)
+            out = self.shape(shape)
+            shape = (shape[0], *geometry.window_shape(self.geometry, shape[1:])) if moved else shape
             elements, stored = math.prod(shape), np.dtype(parts[0].dtype).itemsize
-            moved = bool(self.geometry) and len(shape) > 2
             if parts[0].steps:
-                read, written = elements * stored, elements * out_bytes
+                read, written = elements * stored, elements * (4 if out != shape else out_bytes)
                 launch = "1 launch (window)" if moved else "1 launch (transform)"
                 floor = (read + written) / COPY_BYTES_S * 1e6
                 lines.append(f"{tensor}: {launch}, {read:,} B read, {written:,} B written, floor {floor:.2f} us")
+                if out != shape:
+                    last = math.prod(out) * out_bytes
+                    lines.append(f"  then resize by torch, not fused: {written:,} B read, {last:,} B written")
             elif moved:
                 lines.append(f"{tensor}: 1 gather by torch (raw values keep their dtype), {2 * elements * stored:,} B")
             else:
@@ -208,6 +214,9 @@ class Preprocess:
                 f"  {p.name} [{p.channels}] {p.dtype}: {' -> '.join(map(_brief, p.steps)) or 'raw'}" for p in parts
             ]
         for step in self.geometry:
+            if isinstance(step, geometry.Resize):
+                lines.append(f"geometry, as a second op: {_brief(step)}")
+                continue
             twin = geometry.twins((step,))
             instead = "" if twin == (step,) else f" (evaluation: {_brief(twin[0]) if twin else 'nothing'})"
             lines.append(f"geometry, in the same launches: {_brief(step)}{instead}")

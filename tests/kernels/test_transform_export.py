@@ -118,6 +118,37 @@ def test_onnx_equals_the_op(decomposed: torch.export.ExportedProgram, tmp_path: 
             np.testing.assert_array_equal(result.numpy(), op(*case.args, torch.float32).numpy())
 
 
+class Curves(torch.nn.Module):
+    """Functions by channel, and channels moved to the front."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.register_buffer("coefficients", case.coefficients)
+        self.register_buffer("missing", case.missing)
+        self.functions = case.functions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return op(x, self.coefficients, self.missing, torch.float32, self.functions, "NHWC->NCHW")
+
+
+@pytest.mark.parametrize("functions", ["asinh", "log,each"])
+def test_functions_and_layouts_leave_pytorch_too(functions: str, tmp_path: Path) -> None:
+    case = make_case((6, 5, 9, 16), torch.int16, seed=3, functions=functions)
+    x = case.x.movedim(1, -1).contiguous()
+    batch = torch.export.Dim("batch", min=1, max=32)
+    program = torch.export.export(Curves(case), (x[:4].clone(),), dynamic_shapes={"x": {0: batch}})
+    table = torch.export.default_decompositions()
+    table.update(room.decompositions())
+    program = program.run_decompositions(table)
+    assert namespaces(program) == {"aten"}
+    want = op(*case.args, torch.float32, functions)
+    torch.testing.assert_close(program.module()(x), want, rtol=0, atol=0, equal_nan=True)
+    torch.onnx.export(program, (), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert roundings(torch.from_numpy(got), case, exact_fma=False) <= 1
+
+
 @pytest.mark.slow
 def test_aot_inductor_package_is_right(exported: torch.export.ExportedProgram, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))

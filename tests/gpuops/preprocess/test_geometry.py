@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuops.errors import InputError
-from gpuops.preprocess.geometry import Augment, CenterCrop, RandomCrop, RandomFlip, RandomTurn, table
+from gpuops.preprocess.geometry import Augment, CenterCrop, RandomCrop, RandomFlip, RandomTurn, Resize, table
 from gpuops.preprocess.module import Draw, PreprocessModule
 from gpuops.preprocess.philox import below, draw, philox4x32
 from gpuops.preprocess.steps import Asinh, Fill, Log, Normalize, Part, Preprocess, Unpack
+from gpuops_kernels.resample import resample, weights
 
 GOLDEN = [0x41049266, 0xB9AB41A7, 0x04488C5E, 0x73F6FF1A]
 """Sample 7, seed 3, epoch 1, the first step: what releases must keep, or old runs augment otherwise."""
@@ -178,7 +179,57 @@ def test_functions_and_windows_are_one_launch() -> None:
     torch.testing.assert_close(back.double(), cuts, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "steps", [(Resize((4, 5)),), (CROP, Resize((3, 9), "area")), (FLIP, Resize((20, 7), "bicubic"))]
+)
+def test_resize_is_a_second_op_in_training_and_in_the_served_graph(steps) -> None:
+    declared = Preprocess({"x": X, "month": WHOLE.tensors["month"]}, steps)
+    stored, draw_of = slot(), Draw(np.arange(9), 0, 0)
+    ready = PreprocessModule(declared).packed(stored, draw_of)["x"]
+    before = PreprocessModule(Preprocess(declared.tensors, steps[:-1])).packed(stored, draw_of)["x"]
+    (height, width), method = steps[-1].size, steps[-1].method
+    want = resample(before, *(weights(n, m, method) for n, m in zip(before.shape[2:], (height, width), strict=True)))
+    torch.testing.assert_close(ready, want, rtol=0, atol=0)
+    assert ready.shape[1:] == declared.shape((2, 10, 14)) == (2, height, width)
+    narrow = PreprocessModule(declared, torch.bfloat16).packed(stored, draw_of)["x"]
+    assert torch.equal(narrow, ready.bfloat16()), "rounded once, at the end"
+
+    class Served(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prepare = PreprocessModule(declared.eval())
+
+        def forward(self, rain: torch.Tensor, month: torch.Tensor) -> torch.Tensor:
+            return self.prepare({"rain": rain, "month": month})["x"]
+
+    batch = {0: torch.export.Dim("batch", min=1, max=32)}
+    program = torch.export.export(
+        Served(), (stored["x"], stored["month"]), dynamic_shapes={"rain": batch, "month": batch}
+    )
+    eager = PreprocessModule(declared.eval()).packed(stored)["x"]
+    torch.testing.assert_close(program.module()(stored["x"][:3], stored["month"][:3]), eager[:3], rtol=0, atol=1e-6)
+
+
+def test_missing_targets_stay_missing_only_where_nothing_is_known() -> None:
+    target = Preprocess({"y": (Part("next", 1, "float32", (Unpack(),)),)}, (Resize((1, 2), "area"),))
+    values = torch.tensor([[[[1.0, torch.nan, torch.nan, torch.nan], [3.0, 5.0, torch.nan, torch.nan]]]])
+    ready = PreprocessModule(target).packed({"y": values})["y"]
+    assert ready[0, 0, 0, 0] == 3.0
+    assert ready[0, 0, 0, 1].isnan()
+    with pytest.raises(InputError, match="labels have no values in between"):
+        PreprocessModule(Preprocess({"label": WHOLE.tensors["label"]}, (Resize((4, 4)),))).packed(slot())
+
+
 def test_json_and_explain() -> None:
+    both = Preprocess({"x": X}, (CROP, Resize((3, 3))))
+    assert Preprocess.from_json(json.loads(json.dumps(both.to_json()))) == both
+    assert both.explain({"x": (2, 10, 14)}, out_bytes=2).splitlines() == [
+        "x: 1 launch (window), 144 B read, 288 B written, floor 0.00 us",
+        "  then resize by torch, not fused: 288 B read, 36 B written",
+        "  rain [2] int16: unpack(0.1, 5, -999) -> fill(0) -> normalize((8.0, 9.0), (2.0, 3.0))",
+        "geometry, in the same launches: random_crop((6, 6)) (evaluation: center_crop((6, 6)))",
+        "geometry, as a second op: resize((3, 3), bilinear)",
+    ]
     again = Preprocess.from_json(json.loads(json.dumps(WHOLE.to_json())))
     assert again == WHOLE
     old = Preprocess(WHOLE.tensors)
@@ -199,7 +250,7 @@ def test_json_and_explain() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    for steps in ((FLIP, CROP), (TURN, FLIP), (CROP, CROP), (CROP, CenterCrop((2, 2)))):
+    for steps in ((FLIP, CROP), (TURN, FLIP), (CROP, CROP), (CROP, CenterCrop((2, 2))), (Resize((2, 2)), CROP)):
         with pytest.raises(InputError, match="in that order"):
             Preprocess({"x": X}, steps)
     with pytest.raises(InputError, match="two or three sizes, each at least 1"):
