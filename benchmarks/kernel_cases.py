@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpuops_kernels import epilogue, histogram, transform, transform_stats, window
+from gpuops_kernels import epilogue, histogram, rrc, transform, transform_stats, window
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100, B200."""
@@ -61,6 +61,8 @@ def cases() -> Iterator[KernelCase]:
     yield _stats("with bins", torch.int16, torch.bfloat16, bins=True)
     for x in epilogue.INPUT_DTYPES:
         yield _histogram(x)
+    for y in epilogue.OUTPUT_DTYPES:
+        yield _rrc(y)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -125,3 +127,14 @@ def _histogram(x: torch.dtype) -> KernelCase:
     kernel, _, arguments = histogram.plan(_meta(shape, x), scale, missing, counts)
     rows, cols = arguments[-2:]
     return KernelCase(_name("histogram", "", x), kernel, arguments, rows * cols, 128)
+
+
+def _rrc(y: torch.dtype) -> KernelCase:
+    images, boxes, channel = (
+        _meta((32, 256, 256, 3), torch.uint8),
+        _meta((32, 5), torch.float32),
+        _meta((3,), torch.float32),
+    )
+    kernel, _, arguments = rrc.plan(images, boxes, channel, channel, _meta((32, 3, 224, 224), y))
+    rows, cols = arguments[-3:-1]
+    return KernelCase(_name("rrc", "", torch.uint8, y), kernel, arguments, rows * cols, 128)

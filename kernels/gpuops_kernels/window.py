@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -377,39 +379,46 @@ def read(table: Tensor, chunks: int, spatial: Sequence[int], size: Sequence[int]
             f"table has shape {tuple(table.shape)}: windows of {axes} axes need [N, {axes + 3}], a row (chunk, the "
             "first element along each axis, flip, rot)"
         )
-    entries = torch.zeros((len(table), 6), dtype=torch.int32)
-    if not len(table):
-        return Reading(entries, False, 0, 1)
-    columns = table.numpy().astype("int64").T
-    chunk, starts, flip, rot = columns[0], columns[1:-2], columns[-2], columns[-1]
-    for name, column, most in (("chunk", chunk, chunks - 1), ("flip", flip, 2**axes - 1), ("rot", rot, 3)):
-        if column.min() < 0 or column.max() > most:
-            row = int(((column < 0) | (column > most)).argmax())
-            raise ValueError(f"table row {row}: {name} {column[row]} is not one of 0 to {most}")
-    if (rot & 1).any() and size[-1] != size[-2]:
-        raise ValueError(
-            f"table row {int((rot & 1).argmax())}: a window of {tuple(size)} cannot be turned by 90 degrees"
-        )
+    rows = table.numpy()
+    entries = np.zeros((len(rows), 6), np.int32)
+    if not len(rows):
+        return Reading(torch.from_numpy(entries), False, 0, 1)
+    # Python integers from here on: a place plus a length may not fit int32, and each call of NumPy costs microseconds.
+    low, high = rows.min(0).tolist(), rows.max(0).tolist()
+    for column, (name, most) in {0: ("chunk", chunks - 1), -2: ("flip", 2**axes - 1), -1: ("rot", 3)}.items():
+        if low[column] < 0 or high[column] > most:
+            row = _first(rows[:, column], 0, most)
+            raise ValueError(f"table row {row}: {name} {rows[row, column]} is not one of 0 to {most}")
+    if high[-1] and size[-1] != size[-2] and (rows[:, -1] & 1).any():
+        row = int((rows[:, -1] & 1).argmax())
+        raise ValueError(f"table row {row}: a window of {tuple(size)} cannot be turned by 90 degrees")
+    entries[:, 0] = rows[:, 0]
+    entries[:, 4 - axes :] = rows[:, 1:]
     outside = False
-    for axis, (start, length, whole) in enumerate(zip(starts, size, spatial, strict=True)):
-        if start.min() < 0 or start.max() > whole - length:
-            outside = True
-            if rule == "error":
-                row = int(((start < 0) | (start > whole - length)).argmax())
-                raise ValueError(
-                    f"table row {row}: elements {start[row]} to {start[row] + length} of axis {axis} are asked for, a "
-                    f"chunk has {whole}: pass rule='pad' or rule='wrap' if that is meant"
-                )
-            if rule == "wrap":
-                starts[axis] = start % whole
-    columns[1:-2] = starts
-    entries[:, 0] = table[:, 0]
-    entries[:, 6 - columns.shape[0] + 1 :] = torch.from_numpy(columns[1:].T)
-    turned = bool(flip.any() or rot.any())
+    for axis, (length, whole) in enumerate(zip(size, spatial, strict=True)):
+        if low[1 + axis] >= 0 and high[1 + axis] <= whole - length:
+            continue
+        outside = True
+        if rule == "error":
+            row = _first(rows[:, 1 + axis], 0, whole - length)
+            start = int(rows[row, 1 + axis])
+            raise ValueError(
+                f"table row {row}: elements {start} to {start + length} of axis {axis} are asked for, a chunk has "
+                f"{whole}: pass rule='pad' or rule='wrap' if that is meant"
+            )
+        if rule == "wrap":
+            entries[:, 4 - axes + axis] %= whole
+    turned = bool(high[-2] or high[-1])
     alignment = 1
-    while alignment < 16 and not turned and not outside and not (columns[-3] | spatial[-1]).__and__(alignment).any():
-        alignment *= 2
-    return Reading(entries, turned, 0 if not outside else 1 + (rule == "wrap"), alignment)
+    if not turned and not outside:
+        bits = int(np.bitwise_or.reduce(rows[:, -3])) | int(spatial[-1])
+        alignment = min(bits & -bits, 16)
+    return Reading(torch.from_numpy(entries), turned, 0 if not outside else 1 + (rule == "wrap"), alignment)
+
+
+def _first(column: npt.NDArray[np.int32], low: int, high: int) -> int:
+    """The first row whose value lies outside [low, high]."""
+    return int(((column < low) | (column > high)).argmax())
 
 
 def plan(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import assert_nearest_even, expected, integers, worst
 from windows import Windows, cut, make_windows
 
+from gpuops_kernels import rrc
 from gpuops_kernels import window as room
 
 
@@ -90,3 +91,22 @@ def test_nothing_is_read_or_written_beyond(rule: str, place) -> None:
     with np.errstate(all="ignore"):
         kernel[grid](*guarded[:-1], True)
     assert torch.equal(integers(y), integers(interpret(case, torch.float32)))
+
+
+@pytest.mark.parametrize(("image", "out"), [((7, 9, 3), (4, 5)), ((40, 50, 3), (33, 130)), ((1, 1, 1), (3, 3))])
+def test_random_resized_crops(image: tuple[int, int, int], out: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    x = at_page_end(torch.from_numpy(rng.integers(0, 256, (5, *image), dtype=np.uint8)))
+    extent = rng.uniform(0.1, 1, (5, 2)) * image[:2]
+    first = rng.uniform(0, 1, (5, 2)) * (image[:2] - extent)
+    boxes = torch.from_numpy(np.concatenate([first, extent, rng.integers(0, 2, (5, 1))], 1).astype(np.float32))
+    scale, offset = torch.linspace(0.5, 2, image[2]), torch.linspace(-1, 1, image[2])
+    with poisoned_output((5, image[2], *out), torch.float32) as y:
+        kernel, grid, arguments = rrc.plan(x, boxes, scale, offset, y)
+        kernel[grid](*arguments[:-1], True)
+    want = rrc.reference(x, boxes, scale, offset, torch.float32, *out)
+    torch.testing.assert_close(y, want, rtol=0, atol=0.02)
+    with poisoned_output((5, image[2], *out), torch.bfloat16) as narrow:
+        kernel, grid, arguments = rrc.plan(x, boxes, scale, offset, narrow)
+        kernel[grid](*arguments[:-1], True)
+    assert_nearest_even(narrow, y)

@@ -6,7 +6,7 @@ import torch
 from oracle import expected, integers, is_missing_in, make_case, worst
 from windows import Windows, cut, make_windows
 
-from gpuops_kernels import histogram, transform, transform_stats, window
+from gpuops_kernels import histogram, rrc, transform, transform_stats, window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +108,20 @@ def test_histograms_and_quantiles(shape: tuple[int, ...], dtype: torch.dtype) ->
     if dtype in (torch.uint8, torch.int16) and len(shape) > 2:
         got = histogram.quantile(case.x.cuda(), [0.1, 0.5], case.missing.cuda())
         assert torch.equal(got.cpu(), histogram.quantile(case.x, [0.1, 0.5], case.missing))
+
+
+@pytest.mark.parametrize("out", rrc.OUTPUT_DTYPES, ids=str)
+def test_random_resized_crops(out: torch.dtype) -> None:
+    x = torch.randint(0, 256, (9, 70, 81, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0)
+    extent = rng.uniform(0.1, 1, (9, 2)) * (70, 81)
+    first = rng.uniform(0, 1, (9, 2)) * ((70, 81) - extent)
+    boxes = torch.from_numpy(np.concatenate([first, extent, rng.integers(0, 2, (9, 1))], 1).astype(np.float32))
+    scale, offset = torch.linspace(0.5, 2, 3), torch.linspace(-1, 1, 3)
+    y = rrc.launch(x.cuda(), boxes, scale.cuda(), offset.cuda(), out, 33, 130)
+    want = rrc.reference(x, boxes, scale, offset, torch.float32, 33, 130)
+    torch.testing.assert_close(y.cpu().float(), want, rtol=2.0**-8 if out != torch.float32 else 0, atol=0.02)
+    assert torch.equal(y, torch.ops.gpuops.rrc(x.cuda(), boxes, scale.cuda(), offset.cuda(), out, 33, 130))
 
 
 def test_nothing_waits_for_the_gpu() -> None:

@@ -2,12 +2,16 @@
 
 from unittest import mock
 
+import cubin
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import integers, is_missing_in, make_case
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpuops.drift import Sketch
@@ -165,3 +169,30 @@ def test_opcheck_compile_and_a_gpu_that_is_not_there() -> None:
         y, statistics, counts = op(*on_gpu[:3], torch.bfloat16, on_gpu[3])
         assert (y.device.type, statistics.shape, counts.shape) == ("cuda", (3, 7), (3, 258))
         assert histogram(on_gpu[0], torch.empty(3, 3, device="cuda"), on_gpu[2]).shape == (3, 259)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_for_cuda_traces_the_kernels(dynamic: bool) -> None:
+    """On tensors without memory: the graph that a GPU would run has our kernels in it."""
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=record))
+    def compiled(
+        x: torch.Tensor, table: torch.Tensor, missing: torch.Tensor, edges: torch.Tensor, scale: torch.Tensor
+    ) -> object:
+        return op(x, table, missing, torch.bfloat16, edges), histogram(x, scale, missing)
+
+    with cubin.driver_for(90), FakeTensorMode():
+        x = torch.empty(6, 3, 128, 33, dtype=torch.int16, device="cuda")
+        tables = torch.empty(6, 3, device="cuda"), torch.empty(2, 3, dtype=torch.int32, device="cuda")
+        rest = torch.empty(2, 3, device="cuda"), torch.empty(3, 3, device="cuda")
+        (y, statistics, counts), bins = compiled(x, *tables, *rest)
+    assert (y.shape, y.dtype) == (x.shape, torch.bfloat16)
+    assert (statistics.shape, counts.shape, bins.shape) == ((3, 7), (3, 258), (3, 259))
+    (graph,) = graphs
+    calls = graph.graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
+    assert len(calls) == 3
