@@ -168,13 +168,15 @@ def stats_kernel(  # type: ignore[no-untyped-def]
         hi = tl.load(edges_ptr + C + channel)
         scale = tl.div_rn(256.0, hi - lo)
     # The shift is the mean of the first tile, which is read twice, the second time from a cache.
-    x, start, inside, mask, number = _load_tile(x_ptr, first, channel, samples, inner, C, ROWS, COLS)
+    start, inside, mask, _ = _tile(first, channel, samples, inner, C, ROWS, COLS)
+    x = tl.load(x_ptr + start + inside, mask=mask, other=0)
     y, gone = epilogue.finish(x, False, coefficients_ptr, missing_ptr, channel, C, CODE, NUMBER, INTERPRETED)
     valid = mask & (gone == 0) & (y == y)
     shift = tl.sum(tl.where(valid, y, 0.0)) / tl.maximum(tl.sum(valid.to(tl.float32)), 1.0)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     for tile in range(first, tiles, parts):
-        x, start, inside, mask, number = _load_tile(x_ptr, tile, channel, samples, inner, C, ROWS, COLS)
+        start, inside, mask, number = _tile(tile, channel, samples, inner, C, ROWS, COLS)
+        x = tl.load(x_ptr + start + inside, mask=mask, other=0)
         y, gone = epilogue.finish(x, False, coefficients_ptr, missing_ptr, channel, C, CODE, NUMBER, INTERPRETED)
         epilogue.store(y_ptr + start + inside, y, mask, INTERPRETED)
 
@@ -221,8 +223,11 @@ def stats_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_tile(x_ptr, tile, channel, samples, inner, C, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One channel's tile: stored numbers, its first offset, offsets in it, which of them exist, how many they are."""
+def _tile(tile, channel, samples, inner, C, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One channel's tile: its first offset, offsets in it, which of them exist, how many they are.
+
+    No pointer goes in: PyTorch would take what is stored behind the results for a change of it, and copy the input.
+    """
     col_tiles = (inner - 1) // COLS + 1
     sample = (tile // col_tiles).to(tl.int64) * ROWS
     col_start = (tile % col_tiles).to(tl.int64) * COLS
@@ -233,7 +238,7 @@ def _load_tile(x_ptr, tile, channel, samples, inner, C, ROWS: tl.constexpr, COLS
     mask = (rows < rows_left) & (cols < cols_left)
     start = (sample * C + channel) * inner + col_start
     inside = rows.to(tl.int64) * C * inner + cols if ROWS > 1 else cols
-    return tl.load(x_ptr + start + inside, mask=mask, other=0), start, inside, mask, rows_left * cols_left
+    return start, inside, mask, rows_left * cols_left
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -196,3 +196,7 @@ def test_torch_compile_for_cuda_traces_the_kernels(dynamic: bool) -> None:
     (graph,) = graphs
     calls = graph.graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
     assert len(calls) == 3
+    written = [name for call in calls for name in call.kwargs["tensors_to_clone"]]
+    assert sorted(written) == ["counts_ptr", "counts_ptr", "parts_ptr", "statistics_ptr", "y_ptr"], (
+        "x must not be copied"
+    )
