@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from importlib.metadata import version
 
 import bench_kernels
@@ -47,11 +48,21 @@ def test_machine_code(name: str, target: int) -> None:
     rows = {row.metric: row for row in bench_kernels.rows_of(case, target, code)}
     assert rows["spills"].value == 0, code.resources
     assert rows["registers"].value <= case.registers
+    assert_offsets_are_64_bit(code.ttir)
     if GOLDEN["versions"]["triton"] != version("triton"):
         pytest.skip(f"figures are of triton {GOLDEN['versions']['triton']}, this is {version('triton')}")
     committed = {metric: FIGURES[f"{name}, sm_{target}", metric] for metric in rows}
     assert rows["vector_bits"].value >= committed["vector_bits"]
     assert rows["instructions_per_element"].value <= 1.05 * committed["instructions_per_element"]
+
+
+def assert_offsets_are_64_bit(ttir: str) -> None:
+    """What is added to an array's first address fits any array: tensors above 2^31 elements are not read elsewhere."""
+    arrays = {"x_ptr", "slab_ptr", "y_ptr"}
+    arrays |= {name for name, of in re.findall(r"%(\w+) = tt\.splat %(\w+) ", ttir) if of in arrays}
+    sums = [line for line in ttir.splitlines() if (m := re.search(r"tt\.addptr %(\w+),", line)) and m[1] in arrays]
+    assert sums, "no array is read or written"
+    assert all("i64" in line for line in sums), sums
 
 
 @pytest.mark.slow
