@@ -106,6 +106,17 @@ def test_histogram_counts_every_number_once(shape, dtype) -> None:
     assert counts.sum() == case.x.numel()
 
 
+def test_the_upper_edge_is_in_the_last_bin() -> None:
+    x = torch.tensor([[[-1, 0, 255, 256, 257]]], dtype=torch.int16)
+    scale, missing = torch.tensor([[1.0], [0.0], [torch.nan]]), torch.zeros((2, 1), dtype=torch.int32)
+    counts = torch.zeros((1, counting.CELLS), dtype=torch.int64)
+    kernel, grid, arguments = counting.plan(x, scale, missing, counts)
+    kernel[grid](*arguments)
+    assert counts[0].nonzero()[:, 0].tolist() == [0, 1, 256, 257]
+    assert counts[0, [0, 1, 256, 257]].tolist() == [1, 1, 2, 1]
+    assert torch.equal(counts, counting.reference(x, scale, missing))
+
+
 def test_the_result_is_that_of_transform() -> None:
     case = make_case((3, 5, 700), torch.int16, seed=9, functions="asinh")
     y, _, _ = interpret(case, torch.bfloat16, None)

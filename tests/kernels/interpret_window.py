@@ -1,5 +1,7 @@
 """The window kernel, run element by element in Triton's interpreter; see interpret_transform.py."""
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,20 @@ def test_random_resized_crops(image: tuple[int, int, int], out: tuple[int, int])
         kernel, grid, arguments = rrc.plan(x, boxes, scale, offset, narrow)
         kernel[grid](*arguments[:-1], True)
     assert_nearest_even(narrow, y)
+
+
+def test_chunks_beyond_two_to_the_31_elements() -> None:
+    """Three GiB of address space, of which only the pages of the last window are ever touched."""
+    side, chunks = 32768, 3
+    memory = mmap.mmap(-1, chunks * side * side, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    slab = torch.frombuffer(memory, dtype=torch.uint8).view(chunks, 1, side, side)
+    small = make_windows((8, 8), (8, 8), chunks=1, channels=1, windows=1, turned=False, dtype=torch.uint8)
+    slab[-1, 0, -8:, -8:] = small.slab.x[0, 0]
+    table = torch.tensor([[chunks - 1, side - 8, side - 8, 0, 0]], dtype=torch.int32)
+    reading = room.read(table, chunks, (side, side), (8, 8), "error")
+    with poisoned_output((1, 1, 8, 8), torch.float32) as y:
+        tables = small.slab.coefficients, small.slab.missing
+        kernel, grid, arguments = room.plan([slab], slab.shape[1:], y, reading, *tables)
+        with np.errstate(all="ignore"):
+            kernel[grid](*arguments[:-1], True)
+    assert torch.equal(integers(y), integers(interpret(small, torch.float32)))
