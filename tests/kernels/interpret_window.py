@@ -117,7 +117,7 @@ def test_random_resized_crops(image: tuple[int, int, int], out: tuple[int, int])
 def test_chunks_beyond_two_to_the_31_elements() -> None:
     """Three GiB of address space, of which only the pages of the last window are ever touched."""
     side, chunks = 32768, 3
-    memory = mmap.mmap(-1, chunks * side * side, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    memory = mmap.mmap(-1, chunks * side * side, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     slab = torch.frombuffer(memory, dtype=torch.uint8).view(chunks, 1, side, side)
     small = make_windows((8, 8), (8, 8), chunks=1, channels=1, windows=1, turned=False, dtype=torch.uint8)
     slab[-1, 0, -8:, -8:] = small.slab.x[0, 0]
