@@ -174,7 +174,7 @@ def _missing(part: Part) -> tuple[int, bool, float]:
         if isinstance(step, Unpack) and step.missing is not None:
             if is_float:
                 absent = step.missing
-            else:
+            elif abs(step.missing) < 2**31:  # no stored number is beyond
                 value, flag = int(step.missing), True
     return value, flag, absent
 

@@ -8,6 +8,7 @@ so that inputs and targets of a sample are cut alike. Every random step has a tw
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -31,7 +32,7 @@ class CenterCrop:
     """Elements along each of the last two or three axes."""
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        object.__setattr__(self, "size", _size(self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class RandomCrop:
     """Elements along each of the last two or three axes."""
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        object.__setattr__(self, "size", _size(self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class RandomFlip:
     """Probability."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple(self.axes))
         if not self.axes or not set(self.axes) <= set(AXES) or not 0 <= self.p <= 1:
             raise InputError(f"flip {self.axes} with probability {self.p}: name axes of x, y, z, and 0 <= p <= 1")
 
@@ -79,7 +81,7 @@ class Resize:
     """The first two antialiased as in torch, or the exact share of each cell."""
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        object.__setattr__(self, "size", _size(self.size))
         if len(self.size) != 2 or self.method not in ("bilinear", "bicubic", "area"):
             raise InputError(f"resize to {self.size} by {self.method!r}: give two sizes; bilinear, bicubic or area")
 
@@ -188,6 +190,12 @@ def table(
     return rows.astype(np.int32)
 
 
-def _check_size(size: tuple[int, ...]) -> None:
-    if len(size) not in (2, 3) or not all(isinstance(s, int) and s > 0 for s in size):
-        raise InputError(f"a crop of {size}: give two or three sizes, each at least 1")
+def _size(size: Sequence[int]) -> tuple[int, ...]:
+    """A size as a tuple of Python integers, checked."""
+    try:
+        found = tuple(operator.index(length) for length in size)
+    except TypeError:
+        found = ()
+    if len(found) not in (2, 3) or min(found) < 1:
+        raise InputError(f"a crop or resize to {size}: give two or three sizes, each at least 1")
+    return found

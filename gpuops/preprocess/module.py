@@ -68,8 +68,16 @@ class PreprocessModule(nn.Module):
         if draw is None and self.preprocess.random:
             raise InputError("random steps need sample ids, seed and epoch: pass a Draw, or prepare with eval()")
         ready = {}
-        for name in self.preprocess.tensors:
+        for name, parts in self.preprocess.tensors.items():
+            if name not in slot:
+                raise InputError(f"tensor {name!r} is missing: got {', '.join(slot) or 'none'}")
             stored = slot[name]
+            if stored.dtype != getattr(torch, parts[0].dtype, None):
+                raise InputError(f"tensor {name!r} is {stored.dtype}, declared as {parts[0].dtype}: pass stored values")
+            if draw is not None and len(draw.ids) != len(stored):
+                raise InputError(
+                    f"tensor {name!r} has {len(stored)} samples, the draw {len(draw.ids)} ids: pass one each"
+                )
             if stored.dim() > 3 and self._resize is not None:
                 if name not in self._functions:
                     raise InputError(f"tensor {name!r} is raw, and labels have no values in between: leave resize out")

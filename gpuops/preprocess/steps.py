@@ -138,6 +138,9 @@ class Part:
         if any(isinstance(step, Unpack) for step in self.steps[1:]):
             raise InputError(f"variable {self.name!r}: unpack takes stored values, so it can only be the first step")
         for step in self.steps:
+            missing = step.missing if isinstance(step, Unpack) else None
+            if missing is not None and self.dtype != "float32" and not float(missing).is_integer():
+                raise InputError(f"variable {self.name!r} is {self.dtype} and cannot hold {missing} as missing")
             if isinstance(step, Normalize) and {len(step.mean), len(step.std)} - {1, self.channels}:
                 raise InputError(
                     f"variable {self.name!r} has {self.channels} channels, its normalize step {len(step.mean)} means "
@@ -190,6 +193,8 @@ class Preprocess:
             sample_shape: shape of one stored sample of each tensor, channels first.
             out_bytes: bytes of an output element (4 float32, 2 bf16).
         """
+        if absent := self.tensors.keys() - sample_shape.keys():
+            raise InputError(f"no shape of {', '.join(sorted(absent))}: give one for each tensor, channels first")
         lines = []
         for tensor, parts in self.tensors.items():
             shape = tuple(sample_shape[tensor])
@@ -262,15 +267,18 @@ def _step_to_json(step: Any) -> dict[str, Any]:
 
 
 def _step_from_json(document: Mapping[str, Any], known: Mapping[str, type[_Known]]) -> _Known:
-    kind = known.get(document["step"])
+    kind = known.get(document.get("step", "none"))
     if kind is None:
-        raise InputError(f"unknown step {document['step']!r}; this gpuops knows {', '.join(known)}")
+        raise InputError(f"unknown step {document.get('step')!r}; this gpuops knows {', '.join(known)}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k != "step"}
     unknown = given.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise InputError(f"step {document['step']!r} has {', '.join(sorted(unknown))}, which this gpuops does not know")
     values: dict[str, Any] = given
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise InputError(f"step {document['step']!r} cannot be read from {dict(document)}: {error}") from error
 
 
 def _listed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -364,8 +364,8 @@ def read(table: Tensor, chunks: int, spatial: Sequence[int], size: Sequence[int]
         ValueError: see `launch`.
     """
     axes = len(size)
-    if axes not in (2, 3):
-        raise ValueError(f"size is {tuple(size)}: windows have two or three axes")
+    if not all(isinstance(length, int) for length in size) or axes not in (2, 3):
+        raise ValueError(f"size is {tuple(size)}: windows have two or three axes, of whole elements")
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}: pass one of {', '.join(RULES)}")
     if min(size) < 1 or min(spatial) < 1 or size[-1] * size[-2] >= 2**31 or spatial[-1] * spatial[-2] >= 2**31:

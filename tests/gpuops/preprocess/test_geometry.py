@@ -267,3 +267,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         Preprocess.from_json({"tensors": {}, "geometry": [{"step": "shear"}]})
     assert Augment(crop=(6, 6), flip=("x", "y"), turn=True).steps() == (CROP, FLIP, TURN)
     assert Augment().steps() == ()
+    assert RandomCrop([6, np.int64(6)]) == CROP  # type: ignore[arg-type, list-item]
+    assert RandomFlip("xy") == FLIP  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="9 samples, the draw 2 ids"):
+        PreprocessModule(WHOLE).packed(slot(), Draw(np.arange(2), 0, 0))

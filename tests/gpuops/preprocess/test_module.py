@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpuops.errors import InputError
 from gpuops.preprocess.module import PreprocessModule
 from gpuops.preprocess.steps import Clip, Fill, Normalize, Part, Preprocess, Unpack
 
@@ -86,6 +87,12 @@ def test_coefficients_are_no_weights() -> None:
 def test_a_tensor_of_another_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         PreprocessModule(TARGET).packed({"y": torch.zeros(1, 2, 3, dtype=torch.float64)})
+    with pytest.raises(
+        InputError, match="declared as int16: pass stored values"
+    ):  # float32 has kernels, and other missing
+        PreprocessModule(WHOLE).packed(slot(raw()) | {"x": torch.zeros(5, 3, 6, 7)})
+    with pytest.raises(InputError, match="tensor 'month' is missing: got x"):
+        PreprocessModule(WHOLE).packed({"x": slot(raw())["x"]})
 
 
 def test_torch_export_keeps_one_op_a_tensor() -> None:

@@ -151,6 +151,16 @@ def test_what_no_kernel_can_compute_is_refused() -> None:
         Asinh(0.0)
     with pytest.raises(InputError, match="its fill value has no logarithm"):
         folded_part(part(Fill(-5.0), Log()))
+    for value in (1.5, float("nan")):
+        with pytest.raises(InputError, match="is uint8 and cannot hold"):
+            part(Unpack(missing=value))
+    assert not folded_part(part(Unpack(missing=2**40), dtype="int32")).missing[1].any(), "no int32 is that"
+    with pytest.raises(InputError, match=r"step 'fill' cannot be read from .*missing 1 required"):
+        Preprocess.from_json({"x": [{"name": "v", "channels": 1, "dtype": "uint8", "steps": [{"step": "fill"}]}]})
+    with pytest.raises(InputError, match="unknown step None"):
+        Preprocess.from_json({"x": [{"name": "v", "channels": 1, "dtype": "uint8", "steps": [{}]}]})
+    with pytest.raises(InputError, match="no shape of month"):
+        WHOLE.explain({"x": (4, 120, 120)})
     with pytest.raises(InputError, match="beyond float32"):
         folded_part(part(Normalize((0.0,), (1e-45,))))
 
