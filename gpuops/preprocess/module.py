@@ -44,6 +44,7 @@ class PreprocessModule(nn.Module):
         self.preprocess = preprocess
         self.dtype = dtype
         self._functions: dict[str, str] = {}
+        self._random = preprocess.random
         last = preprocess.geometry[-1] if preprocess.geometry else None
         self._resize = last if isinstance(last, geometry.Resize) else None
         self._moves = len(preprocess.geometry) > (self._resize is not None)
@@ -65,7 +66,7 @@ class PreprocessModule(nn.Module):
         Raises:
             InputError: random steps without a draw, or a crop that does not fit.
         """
-        if draw is None and self.preprocess.random:
+        if draw is None and self._random:
             raise InputError("random steps need sample ids, seed and epoch: pass a Draw, or prepare with eval()")
         ready = {}
         for name, parts in self.preprocess.tensors.items():

@@ -15,16 +15,14 @@ from torch import Tensor
 from torch.library import register_fake, triton_op, wrap_triton
 
 from gpuops_kernels import epilogue
-from gpuops_kernels.device import on_device_of
 from gpuops_kernels.epilogue import INPUT_DTYPES as INPUT_DTYPES
+from gpuops_kernels.launching import on_device_of, reduction_tiles, unwrapped
 
 BINS = 256
 """Bins of a channel."""
 
 CELLS = BINS + 3
 """Counts of a channel: below the first bin, the bins, above the last one, missing (NaN among them)."""
-
-_PROGRAMS = 1024
 
 
 def reference(x: Tensor, scale: Tensor, missing: Tensor) -> Tensor:
@@ -143,7 +141,7 @@ def launch(x: Tensor, scale: Tensor, missing: Tensor) -> Tensor:
     _check(x, scale, missing)
     if x.device.type != "cuda":
         return reference(x, scale, missing)
-    return _run(_as_it_is, x, scale, missing, enable_fp_fusion=False)
+    return _run(unwrapped, x, scale, missing, enable_fp_fusion=False)
 
 
 def _histogram(x: Tensor, scale: Tensor, missing: Tensor) -> Tensor:
@@ -222,14 +220,7 @@ def plan(x: Tensor, scale: Tensor, missing: Tensor, counts: Tensor) -> tuple[Any
     samples, channels = x.shape[:2]
     inner = math.prod(x.shape[2:])
     tile = 4096 if x.element_size() == 1 else 2048  # with 2048 bytes a B200 spills a register
-    cols = tile
-    while cols > 16 and cols // 2 >= inner:
-        cols //= 2
-    rows = 1
-    while rows < samples and rows * cols < tile:
-        rows *= 2
-    tiles = -(-samples // rows) * -(-inner // cols)
-    parts = min(tiles, max(1, _PROGRAMS // channels))
+    rows, cols, tiles, parts = reduction_tiles(samples, channels, inner, tile)
     arguments = (x, scale, missing, counts, samples, inner, channels, tiles, parts, rows, cols)
     return histogram_kernel, (channels * parts,), arguments
 
@@ -243,10 +234,6 @@ def _run(wrap: Callable[[Any], Any], x: Tensor, scale: Tensor, missing: Tensor, 
     with on_device_of(x):
         wrap(kernel)[grid](*arguments, **options)
     return counts
-
-
-def _as_it_is(kernel: Any) -> Any:
-    return kernel
 
 
 def _check(x: Tensor, scale: Tensor, missing: Tensor) -> None:

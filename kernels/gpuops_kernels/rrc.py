@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.library import custom_op, register_fake
 
 from gpuops_kernels import epilogue
-from gpuops_kernels.device import on_device_of
 from gpuops_kernels.epilogue import OUTPUT_DTYPES as OUTPUT_DTYPES
+from gpuops_kernels.launching import on_device_of
 
 _TILE = 1024
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.library import register_fake, triton_op, wrap_triton
 
 from gpuops_kernels import epilogue
-from gpuops_kernels.device import on_device_of
 from gpuops_kernels.epilogue import INPUT_DTYPES as INPUT_DTYPES
 from gpuops_kernels.epilogue import OUTPUT_DTYPES as OUTPUT_DTYPES
+from gpuops_kernels.launching import on_device_of, unwrapped
 
 LAYOUTS = ("keep", "NHWC->NCHW", "NCHW->NHWC")
 """What happens to the axes, for any number of spatial axes; "keep" takes and gives [N, C, *spatial]."""
@@ -193,7 +193,7 @@ def launch(
         return reference(x, coefficients, missing, dtype, functions, layout)
     # Nothing here can be contracted (each multiply-add is an explicit fma), but Triton's default changes between
     # releases, so it is pinned where a launch takes options. wrap_triton takes none; a test compares the two codes.
-    return _run(_as_it_is, x, coefficients, missing, dtype, functions, layout, enable_fp_fusion=False)
+    return _run(unwrapped, x, coefficients, missing, dtype, functions, layout, enable_fp_fusion=False)
 
 
 def _transform(
@@ -290,10 +290,6 @@ def _run(
     with on_device_of(x):
         wrap(kernel)[grid](*arguments, **options)
     return y
-
-
-def _as_it_is(kernel: Any) -> Any:
-    return kernel
 
 
 def _result(x: Tensor, dtype: torch.dtype, layout: str) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.library import register_fake, triton_op, wrap_triton
 
 from gpuops_kernels import epilogue
-from gpuops_kernels.device import on_device_of
 from gpuops_kernels.epilogue import INPUT_DTYPES as INPUT_DTYPES
 from gpuops_kernels.epilogue import OUTPUT_DTYPES as OUTPUT_DTYPES
+from gpuops_kernels.launching import on_device_of, reduction_tiles, unwrapped
 
 COLUMNS = ("count", "mean", "m2", "min", "max", "nan", "missing")
 """Columns of the statistics. m2 is the sum of squared differences from the mean: variance * count."""
@@ -29,7 +29,6 @@ BINS = 256
 """Bins of the histogram."""
 
 _TILE = 2048
-_PROGRAMS = 1024  # 7 or 8 a multiprocessor of an H100: enough to hide memory, few enough that merging costs little
 
 
 def reference(
@@ -301,7 +300,7 @@ def launch(
     _check(x, coefficients, missing, dtype, edges, functions)
     if x.device.type != "cuda":
         return reference(x, coefficients, missing, dtype, edges, functions)
-    return _run(_as_it_is, x, coefficients, missing, dtype, edges, functions, enable_fp_fusion=True)
+    return _run(unwrapped, x, coefficients, missing, dtype, edges, functions, enable_fp_fusion=True)
 
 
 def _transform_stats(
@@ -351,14 +350,7 @@ def plan(
     for size in x.shape[2:]:
         inner *= size
     tile = _TILE if edges is None else _TILE // 2  # counting takes registers
-    cols = tile
-    while cols > 16 and cols // 2 >= inner:
-        cols //= 2
-    rows = 1
-    while rows < samples and rows * cols < tile:
-        rows *= 2
-    tiles = -(-samples // rows) * -(-inner // cols)
-    parts = min(tiles, max(1, _PROGRAMS // channels))
+    rows, cols, tiles, parts = reduction_tiles(samples, channels, inner, tile)
     found = torch.empty((channels, parts, len(COLUMNS)), dtype=torch.float64, device=x.device)
     counts = torch.zeros((channels, 0 if edges is None else BINS + 2), dtype=torch.int64, device=x.device)
     lane = min(cols, 16 // x.element_size())
@@ -393,10 +385,6 @@ def _run(
         wrap(kernel)[grid](*arguments, **options)
         wrap(merge_kernel)[(channels,)](found, statistics, parts, triton.next_power_of_2(parts), **options)
     return y, statistics, counts
-
-
-def _as_it_is(kernel: Any) -> Any:
-    return kernel
 
 
 def _check(

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.library import custom_op, register_fake
 
 from gpuops_kernels import epilogue
-from gpuops_kernels.device import on_device_of
 from gpuops_kernels.epilogue import INPUT_DTYPES as INPUT_DTYPES
 from gpuops_kernels.epilogue import OUTPUT_DTYPES as OUTPUT_DTYPES
+from gpuops_kernels.launching import on_device_of
 
 RULES = ("error", "pad", "wrap")
 """What happens to a window that begins or ends outside its chunk: it is refused, what lies outside is filled as missing
