@@ -38,21 +38,23 @@ def philox4x32(counter: Words, key: Words) -> Words:
     return np.stack([c0, c1, c2, c3])
 
 
-def draw(ids: npt.NDArray[np.int64], seed: int, epoch: int, step: int, number: int = 0) -> Words:
+def draw(
+    ids: npt.NDArray[np.int64], seed: int, epoch: int, step: int | npt.NDArray[np.int64], number: int = 0
+) -> Words:
     """Four random words for each sample, for one step of a pipeline.
 
     Args:
         ids: sample ids, int64 [n].
         seed: the run's seed; its upper 32 bits are folded into the lower.
         epoch: epoch, from 0.
-        step: position of the step in its pipeline.
+        step: position of the step in its pipeline; int64 [n] where each has its own.
         number: which draw of that step.
 
     Returns:
         uint64 [4, n], each below 2^32: Philox4x32-10 with key (seed, epoch) and counter (id, id >> 32, step, number).
     """
     names = ids.astype(np.uint64)
-    others = [np.full(len(ids), value, np.uint64) for value in (step, number)]
+    others = [np.broadcast_to(np.asarray(value, np.uint64), len(ids)) for value in (step, number)]
     folded = (seed ^ (seed >> 32)) & 0xFFFFFFFF
     key = np.array([folded, epoch & 0xFFFFFFFF], np.uint64)
     return philox4x32(np.stack([names & _LOW, names >> _SHIFT, *others]), key)
