@@ -19,7 +19,7 @@ import harness
 import kernel_pipelines as pipelines
 import torch
 
-from gpuops.energy.sensor import open_sensor
+from gpuops.energy.meter import Meter
 from gpuops_kernels import histogram, transform, transform_stats, window
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -228,17 +228,13 @@ def launches(call: Call) -> int:
 
 def microjoules(call: Call, spent_us: float) -> float | None:
     """Energy of one call by the GPU's own counter; None where there is none."""
-    sensor = open_sensor([0])
     calls = max(BURST, int(ENERGY_S * 1e6 / spent_us))
     torch.cuda.synchronize()
-    before = [count.energy_mj for count in sensor.read().values()]
-    for number in range(calls):
-        call(number)
-    torch.cuda.synchronize()
-    after = [count.energy_mj for count in sensor.read().values()]
-    if not before or None in before or None in after:
-        return None
-    return (sum(filter(None, after)) - sum(filter(None, before))) * 1000 / calls
+    with Meter([0]) as meter:
+        for number in range(calls):
+            call(number)
+        torch.cuda.synchronize()
+    return None if meter.reading.joules is None else meter.reading.joules * 1e6 / calls
 
 
 def measure(case: Case, rounds: int, energy: bool) -> Iterator[harness.Row]:

@@ -14,17 +14,25 @@ if TYPE_CHECKING:
     from gpuops.export import export as export
     from gpuops.export.formats import load_bundle as load_bundle
     from gpuops.preprocess.steps import Preprocess as Preprocess
-    from gpuops.training.callbacks import EnergyCallback as EnergyCallback
-    from gpuops.training.callbacks import LineageCallback as LineageCallback
+    from gpuops.training.checkpoint import RecoveryCheckpoint as RecoveryCheckpoint
+    from gpuops.training.checkpoint import newest_checkpoint as newest_checkpoint
+    from gpuops.training.energy import EnergyCallback as EnergyCallback
+    from gpuops.training.lineage import LineageCallback as LineageCallback
+    from gpuops.training.preemption import PreemptionCallback as PreemptionCallback
+    from gpuops.training.steps import StepTimesCallback as StepTimesCallback
 
 _HOME = {
-    "EnergyCallback": "gpuops.training.callbacks",
-    "LineageCallback": "gpuops.training.callbacks",
+    "EnergyCallback": "gpuops.training.energy",
+    "LineageCallback": "gpuops.training.lineage",
+    "PreemptionCallback": "gpuops.training.preemption",
     "Preprocess": "gpuops.preprocess.steps",
+    "RecoveryCheckpoint": "gpuops.training.checkpoint",
+    "StepTimesCallback": "gpuops.training.steps",
     "ZarrDataModule": "gpuops.data.datamodule",
     "export": "gpuops.export",
     "ingest": "gpuops.data.writing.ingest",
     "load_bundle": "gpuops.export.formats",
+    "newest_checkpoint": "gpuops.training.checkpoint",
     "open": "gpuops.data.join",
 }
 

@@ -25,11 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminated)  # so that half-written directories are removed
     if given[:1] == ["train"] and not {"-h", "--help"} & set(given[1:2]):
         _train(given[1:])
+    command = None
+    if given[:1] == ["energy"] and "--" in given:
+        given, command = given[: given.index("--")], given[given.index("--") + 1 :]
     parsed = _parser().parse_args(given)
     if parsed.subcommand is None:
         _parser().print_help()
         raise SystemExit(2)
     options = vars(parsed[parsed.subcommand])
+    if parsed.subcommand == "energy":
+        options["command"] = command
     if (path := options.pop("ledger", None)) is not None:
         os.environ["GPUOPS_LEDGER"] = path
     try:
@@ -94,6 +99,10 @@ def _parser() -> Any:
     def ledger(sub: Any) -> None:
         sub.add_argument("--ledger", help="ledger that is told of it ($GPUOPS_LEDGER, else ledger.sqlite)")
 
+    def derived(sub: Any) -> None:
+        sub.add_argument("--carbon", type=float, metavar="G", help="your grid's g CO2e per kWh: shown as derived")
+        sub.add_argument("--price", type=float, metavar="X", help="your price per kWh: shown as derived")
+
     sub = command("demo", "The main job on real data: ingest, train, export, serve, infer, report.", "gpuops demo")
     sub.add_argument("--out", default="out/demo", help="folder that everything is written to")
     sub.add_argument("--ranks", type=int, help="training processes; one a GPU, 2 without one, if left out")
@@ -142,6 +151,15 @@ def _parser() -> Any:
         "gpuops train --config run.yaml. "
         "Several processes: torchrun --nproc-per-node 8 -m gpuops.training.main fit --config run.yaml",
     )
+
+    sub = command(
+        "energy",
+        "Joules, seconds, watts and utilisation of any command and its children, by GPU; the command's exit code.",
+        "gpuops energy -- python train.py. Text goes to stderr; what nothing counts is null, and says why.",
+    )
+    flag(sub, "--json", "print JSON, alone on stdout; what the command prints there goes to stderr")
+    sub.add_argument("--out", metavar="FILE", help="write JSON there, and leave the command's output as it is")
+    derived(sub)
 
     sub = command("export", "A run's best weights as a proved bundle.", "gpuops export out/run out/bundle")
     sub.add_argument("run", help="run directory (trainer.default_root_dir)")
@@ -208,4 +226,5 @@ def _parser() -> Any:
         "--infer", nargs="*", default=[], metavar="FILE", help="JSON of `gpuops infer --json`, for the latencies"
     )
     sub.add_argument("--out", help="file to write; report.html in the run directory if left out")
+    derived(sub)
     return parser

@@ -16,7 +16,7 @@ from gpuops.data.reading.plan import Slot
 from gpuops.data.reading.reader import Reader, wire_inputs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source
-from gpuops.energy.sensor import open_sensor
+from gpuops.energy.nvml import open_gpus
 from gpuops.errors import InputError, IntegrityError
 from gpuops_serving.client import Client
 
@@ -123,7 +123,7 @@ def _latency(client: Client, model: str, raw: dict[str, npt.NDArray[Any]], reque
 
 def _energy() -> dict[str, Any]:
     """Joules a request: nothing here counts those of a graph that the server runs on its CPU."""
-    reason = open_sensor().reason or "the server runs this graph on its CPU, whose joules nothing counts"
+    reason = open_gpus().reason or "the server runs this graph on its CPU, whose joules nothing counts"
     return {"joules_per_request": None, "method": "none", "reason": reason}
 
 

@@ -227,6 +227,13 @@ class ZarrDataModule(LightningDataModule):
             total.add(reader.counters)
         return total
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that the training loader has spent on this rank: stall, copy (on CUDA) and preprocess."""
+        if self._train is None:
+            return {}
+        return {"stall": self._train.reader.counters.stall_s, **self._train.watch.seconds()}
+
     def state_dict(self) -> dict[str, Any]:
         """The training loader's position, kept here too because Lightning may drop the loader's own."""
         if self._train is None:

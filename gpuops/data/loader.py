@@ -16,6 +16,7 @@ from gpuops.data.reading.plan import Slot
 from gpuops.data.reading.reader import Reader
 from gpuops.data.runs import Runs
 from gpuops.data.sample import Ids
+from gpuops.data.stopwatch import Stopwatch
 from gpuops.errors import IntegrityError
 from gpuops.preprocess.module import Draw, PreprocessModule
 
@@ -66,7 +67,8 @@ class ZarrLoader:
         self.reader = reader
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
         self._inputs, self._targets, self._seed = inputs.to(device), targets.to(device), seed
-        self._upload = _Upload(device) if device.type == "cuda" else None
+        self.watch = Stopwatch(device)
+        self._upload = _Upload(device, self.watch) if device.type == "cuda" else None
         self._identity, self._progress = dict(identity or {}), progress or _always_finished
         self._position = (0, 0)
         self._resume: tuple[int, int] | None = None
@@ -143,9 +145,11 @@ class ZarrLoader:
         if self._upload is not None:
             inputs, targets, valid = self._upload.copy(inputs, targets, valid)
         draw = Draw(slot.ids, self._seed, epoch)
+        with self.watch.lap("preprocess"):
+            inputs, targets = self._inputs.packed(inputs, draw), self._targets.packed(targets, draw)
         return {
-            "inputs": self._inputs.packed(inputs, draw),
-            "targets": self._targets.packed(targets, draw),
+            "inputs": inputs,
+            "targets": targets,
             "id": torch.from_numpy(slot.ids),
             "valid": valid,
         }
@@ -154,8 +158,8 @@ class ZarrLoader:
 class _Upload:
     """Copies slots to a CUDA device on a stream of its own, beside the computation of the step before."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, watch: Stopwatch) -> None:
+        self._device, self._watch = device, watch
         self._stream = torch.cuda.Stream(device)
         self._under_way: deque[tuple[torch.cuda.Event, tuple[Any, ...]]] = deque()
 
@@ -164,7 +168,7 @@ class _Upload:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """The same tensors on the device, ready for its current stream; pinned ones without waiting for the copy."""
         current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), self._watch.lap("copy"):
             moved = tuple(
                 {k: t.to(self._device, non_blocking=True) for k, t in side.items()} for side in (inputs, targets)
             )

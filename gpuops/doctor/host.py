@@ -7,7 +7,7 @@ import os
 import sys
 
 from gpuops.doctor.finding import Finding
-from gpuops.energy.sensor import open_sensor
+from gpuops.energy.nvml import open_gpus
 from gpuops.errors import GpuopsError
 
 _EXTRAS = {
@@ -61,10 +61,11 @@ def _accelerator() -> list[Finding]:
 
 
 def _energy() -> Finding:
-    sensor = open_sensor()
-    if sensor.reason is not None:
-        return Finding("note", "energy", f"joules will be null: {sensor.reason}")
-    return Finding("ok", "energy", f"{sensor.method}, scope {sensor.scope}")
+    found = open_gpus()
+    if found.reason is not None:
+        return Finding("note", "energy", f"joules will be null: {found.reason}")
+    sensors = ", ".join(sorted({f"{sensor.method}, scope {sensor.scope}" for sensor in found.sensors}))
+    return Finding("ok", "energy", sensors)
 
 
 def _tritonserver() -> Finding:

@@ -1,1 +1,1 @@
-"""What work cost in joules: counters (`sensor`) and the windows between two readings of them (`meter`)."""
+"""What work cost in joules: counters (`sensor`), their course (`track`, `sampler`), windows (`meter`), the split."""

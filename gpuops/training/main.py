@@ -1,7 +1,8 @@
 """`torchrun ... -m gpuops.training.main fit --config run.yaml`: LightningCLI with our callbacks wired.
 
 Devices, nodes and strategy come from torchrun's environment, because Lightning's own defaults silently train one model
-a rank on a CPU machine; a Trainer whose world is not torchrun's is refused.
+a rank on a CPU machine; a Trainer whose world is not torchrun's is refused. A run that did not come to its end (killed,
+preempted, requeued) goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -12,38 +13,74 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from gpuops.errors import GpuopsError, InputError
-from gpuops.training.callbacks import EnergyCallback, LineageCallback
+from gpuops.errors import GpuopsError, InputError, UnavailableError
+from gpuops.training.checkpoint import RecoveryCheckpoint, newest_checkpoint, unfinished
+from gpuops.training.energy import EnergyCallback
+from gpuops.training.lineage import LineageCallback, refuse_used
+from gpuops.training.preemption import PreemptionCallback
+from gpuops.training.steps import StepTimesCallback
+
+METRICS = "metrics.csv"
 
 
 class GpuopsCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module by class path."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to `metrics.csv` in the run directory unless the config names a logger."""
+        """Log to `metrics.csv` and TensorBoard in the run directory unless the config names a logger."""
         config = self._get(self.config_init, "trainer", default={})
         if config.get("logger") in (None, True):
-            kwargs["logger"] = CSVLogger(config.get("default_root_dir") or ".", name="", version="")
+            root = config.get("default_root_dir") or "."
+            board = TensorBoardLogger(root, name="", version="", sub_dir="tensorboard")
+            kwargs["logger"] = [CSVLogger(root, name="", version=""), board]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuse a world that is not torchrun's; give lineage the config."""
+        """Refuse what cannot work; go on with a run that has not ended; give lineage the config."""
+        self._check_world()
+        root = Path(self.trainer.default_root_dir)
+        _check_writable(root)
+        options = self.config_init[self.subcommand]
+        named = options.get("ckpt_path")
+        if named in (None, "last") and (newest := newest_checkpoint(root)) and (named or unfinished(root)):
+            rank_zero_info(f"going on from {newest}")
+            options["ckpt_path"] = str(newest)
+            options["weights_only"] = False  # it is ours
+        elif named == "last":
+            raise InputError(f"{root} holds no checkpoint to go on from: leave ckpt_path out")
+        if options.get("ckpt_path") is None:
+            refuse_used(root)  # before a logger deletes what is there
+        else:
+            _set_aside(root / METRICS)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LineageCallback):
+                callback.config = self.config[self.subcommand].as_dict()
+                callback.same_run = named is None
+
+    def before_validate(self) -> None:
+        """Refuse a world that is not torchrun's."""
+        self._check_world()
+
+    before_test = before_predict = before_validate
+
+    def _check_world(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if self.trainer.world_size != world:
             raise InputError(
                 f"the Trainer would train with {self.trainer.world_size} ranks and torchrun started {world}: leave "
-                "trainer.devices, trainer.num_nodes and trainer.strategy out of the config"
+                "trainer.devices and trainer.num_nodes out of the config, and name a strategy of several processes, or "
+                "none"
             )
-        config = self.config[self.subcommand].as_dict()
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LineageCallback):
-                callback.config = config
 
 
 def main() -> None:
@@ -55,11 +92,18 @@ def main() -> None:
             trainer_defaults=_trainer_defaults(),
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
         )
     except GpuopsError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stderr.write(f"gpuops: error: {error}\n")
-        raise SystemExit(error.exit_code) from None
+        _fail(str(error), error.exit_code)
+    except ArgumentError as error:
+        _fail(f"{_first_cause(str(error))} (--help lists what there is)", InputError.exit_code)
+    except MisconfigurationException as error:
+        _fail(" ".join(str(error).split()), InputError.exit_code)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error}; earlier checkpoints are as they were", UnavailableError.exit_code)
 
 
 def add_config_folder(arguments: Sequence[str]) -> None:
@@ -70,11 +114,49 @@ def add_config_folder(arguments: Sequence[str]) -> None:
         sys.path.insert(0, str(Path(file).resolve().parent))
 
 
+def _fail(message: str, code: int) -> None:
+    """One line, from one rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(f"gpuops: error: {message}\n")
+    raise SystemExit(code) from None
+
+
+def _first_cause(message: str) -> str:
+    """What went wrong, out of jsonargparse's account of every type that it tried."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    if "Errors:" not in lines:
+        return " ".join(line for line in lines if line)
+    tried = [line.removesuffix(":") for line in lines[lines.index("Errors:") + 1 :]]
+    causes = [line for line in tried if line and "'NoneType'" not in line and not line.startswith("Given value type")]
+    key = lines[0].partition('"')[2].partition('"')[0]
+    return f"{key}: {'; '.join(dict.fromkeys(causes))}"
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the run directory {root} cannot be written ({error.strerror}): set trainer.default_root_dir"
+        ) from None
+
+
+def _set_aside(metrics: Path) -> None:
+    """Keep the metrics of the attempts before, which Lightning's logger would delete."""
+    if int(os.environ.get("RANK", "0")) == 0 and metrics.is_file():
+        number = len(list(metrics.parent.glob(f"{metrics.stem}.*{metrics.suffix}")))
+        metrics.replace(metrics.with_name(f"{metrics.stem}.{number}{metrics.suffix}"))
+
+
 def _trainer_defaults() -> dict[str, Any]:
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    # The checkpoint before the preemption, so that one signal at a step that saves anyway saves once.
+    callbacks: list[Callback] = [EnergyCallback(), StepTimesCallback(), RecoveryCheckpoint(), PreemptionCallback()]
     defaults: dict[str, Any] = {
         "default_root_dir": "run",
-        "callbacks": [EnergyCallback(), LineageCallback()],
+        "callbacks": [*callbacks, LineageCallback()],
         "use_distributed_sampler": False,
         "devices": local,
         "num_nodes": world // local,

@@ -63,6 +63,23 @@ def test_energy_is_null_with_a_reason_or_counted(trained: Job) -> None:
     energy = record(trained)["energy"]
     assert (energy["joules"] is None) == (energy["reason"] is not None)
     assert energy["joules"] != 0
+    assert energy["training"]["samples"] == record(trained)["samples_seen"]
+    assert energy["joules_per_sample"] == energy["training"]["joules_per_sample"]
+
+
+def test_the_time_of_a_step_is_told_apart(trained: Job) -> None:
+    (row,) = record(trained)["step_times"]
+    shares = [row[f"{name}_share"] for name in ("data", "compute", "optimizer", "other")]
+    assert sum(shares) == pytest.approx(1)
+    assert all(0 <= share <= 1 for share in shares)
+    assert row["steps"] == record(trained)["steps"] - 1, "every step that has one before it"
+    assert row["stall_share"] + row["preprocess_share"] <= row["data_share"] * 1.05
+    assert row["data_share_worst_rank"] >= row["data_share"]
+
+
+def test_metrics_lie_in_the_run_directory_as_csv_and_for_tensorboard(trained: Job) -> None:
+    assert "val_rmse" in (trained.run / "metrics.csv").read_text().splitlines()[0]
+    assert list((trained.run / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_the_ledger_holds_the_run(trained: Job) -> None:
@@ -83,11 +100,11 @@ def test_a_world_that_is_not_torchruns_is_refused(stored: Job, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_directory_in_use_is_refused(trained: Job, tmp_path: Path) -> None:
-    before = (trained.run / "run.json").read_bytes()
+    before = {file: (trained.run / file).read_bytes() for file in ("run.json", "metrics.csv")}
     done = run_cli("train", *training_arguments(trained.store, trained.run), cwd=tmp_path)
     assert done.returncode == 2
     assert "holds a run" in done.stderr.splitlines()[-1]
-    assert (trained.run / "run.json").read_bytes() == before
+    assert {file: (trained.run / file).read_bytes() for file in before} == before
 
 
 @pytest.mark.parametrize(

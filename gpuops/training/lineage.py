@@ -1,57 +1,46 @@
-"""What a run cost and what it was made of: two Lightning callbacks, each usable alone."""
+"""What a run is made of and what became of it: `run.json` and the ledger."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from gpuops.data.datamodule import ZarrDataModule
-from gpuops.energy.meter import Meter, Reading, sum_over_ranks
 from gpuops.errors import InputError
 from gpuops.lineage.ledger import Ledger, ledger_path
 from gpuops.lineage.version import (
     RUN_FILE,
+    RUN_PARTS,
     code_identity,
     config_identity,
     environment_identity,
     kernels_identity,
     run_id,
 )
+from gpuops.training.checkpoint import newest_checkpoint, unfinished
+from gpuops.training.energy import EnergyCallback
+from gpuops.training.ranks import gather
+from gpuops.training.steps import StepTimesCallback
 
-
-class EnergyCallback(Callback):
-    """Joules of a fit over all ranks, from each rank's own GPU; null with the reason where nothing counts."""
-
-    def __init__(self) -> None:
-        self.reading: Reading | None = None
-        """Reading of the last fit, summed over ranks."""
-        self._meter: Meter | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the window on this rank's GPU."""
-        device = trainer.strategy.root_device
-        self._meter = Meter([device.index or 0] if device.type == "cuda" else [])
-        self._meter.begin()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the window and add up the ranks."""
-        if self._meter is not None:
-            self.reading = sum_over_ranks(_gather((socket.gethostname(), self._meter.end())))
+_KEY = "gpuops_run"
 
 
 class LineageCallback(Callback):
-    """Writes `run.json`, the run id and all it is made of, at the start of a fit; completes it and tells the ledger."""
+    """Writes `run.json`, the run id and all it is made of, at the start of a fit; completes it and tells the ledger.
+
+    The same goes into every checkpoint, so that a run that goes on from one says what differs.
+    """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         """Record a run.
@@ -60,13 +49,15 @@ class LineageCallback(Callback):
             config: the resolved configuration; the model's and data module's hyperparameters if None.
         """
         self.config = config
+        self.same_run = False
+        """Whether a checkpoint of another config is refused: set where nobody named the checkpoint to go on from."""
         self._record: dict[str, Any] = {}
+        self._resumed: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a run directory that holds a run, before anything is written."""
-        root = Path(trainer.default_root_dir)
-        if stage == "fit" and (root / RUN_FILE).exists() and trainer.ckpt_path is None:
-            raise InputError(f"{root} holds a run: give the Trainer another default_root_dir, or a ckpt_path to go on")
+        if stage == "fit" and trainer.ckpt_path is None:
+            refuse_used(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the identity of the run before the first step."""
@@ -88,6 +79,7 @@ class LineageCallback(Callback):
             "status": "running",
             "started": _now(),
             "world_size": trainer.world_size,
+            "attempts": [*_attempts(trainer), {"started": _now(), "world_size": trainer.world_size}],
             "model": {
                 "class_path": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
                 "file": None if module is None else str(module),
@@ -95,32 +87,106 @@ class LineageCallback(Callback):
             },
             **_data_record(trainer),
         }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what a run that goes on does differently; write the record."""
+        if not trainer.is_global_zero:
+            return
+        if self._resumed is not None:
+            theirs, mine = self._resumed["identity"], self._record["identity"]
+            differ = [part for part in RUN_PARTS if theirs.get(part) != mine[part]]
+            if self.same_run and "config" in differ:
+                raise InputError(
+                    f"{trainer.default_root_dir} holds a run of another config that has not ended: give the Trainer "
+                    "another default_root_dir, or --ckpt_path last to go on with this config"
+                )
+            if differ:
+                rank_zero_warn(
+                    f"this run goes on from run {self._resumed['run_id'][:12]} with other {', '.join(differ)}"
+                )
+            self._record["resumed_from"] = {"run_id": self._resumed["run_id"], "differs": differ}
+            self._record["attempts"][-1]["from_step"] = trainer.global_step
         _write(trainer, self._record)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the identity beside the weights."""
+        if self._record:
+            checkpoint[_KEY] = {"run_id": self._record["run_id"], "identity": self._record["identity"]}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the identity of the run that is gone on with."""
+        self._resumed = checkpoint.get(_KEY) if trainer.state.fn == "fit" else None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complete the record: metrics, checkpoint, samples seen, energy, what reading cost."""
-        energy = next((c.reading for c in trainer.callbacks if isinstance(c, EnergyCallback)), None)  # type: ignore[attr-defined]
         data = getattr(trainer, "datamodule", None)
-        counters = _gather(data.counters.to_json() if isinstance(data, ZarrDataModule) else None)
-        if not trainer.is_global_zero:
+        counters = gather(data.counters.to_json() if isinstance(data, ZarrDataModule) else None)
+        if trainer.is_global_zero:
+            self._complete(trainer, "interrupted" if trainer.interrupted else "finished", {"reading": counters})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what is known of a run that ends early; the other ranks may be gone and are not asked."""
+        if not trainer.is_global_zero or not (Path(trainer.default_root_dir) / RUN_FILE).exists() or not self._record:
             return
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+        stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
+        error = None if stopped else f"{type(exception).__name__}: {exception}".splitlines()[0]
+        with contextlib.suppress(OSError):  # a full disk is what ended it, and is what the caller is told
+            self._complete(trainer, "interrupted" if stopped else "failed", {"error": error})
+
+    def _complete(self, trainer: Trainer, status: str, more: Mapping[str, Any]) -> None:
+        energy = next((c.to_json() for c in _callbacks(trainer) if isinstance(c, EnergyCallback)), None)
+        times = next((c.epochs for c in _callbacks(trainer) if isinstance(c, StepTimesCallback)), None)
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or newest_checkpoint(
+            trainer.default_root_dir
+        )
         root = Path(trainer.default_root_dir).resolve()
         self._record |= {
-            "status": "interrupted" if trainer.interrupted else "finished",
+            "status": status,
             "finished": _now(),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "samples_seen": _samples_seen(trainer),
             "metrics": {name: _finite(float(value)) for name, value in trainer.callback_metrics.items()},
             "checkpoint": None if checkpoint is None else os.path.relpath(checkpoint, root),
-            "energy": None if energy is None else energy.to_json(),
-            "reading": counters,
+            "energy": energy,
+            "step_times": times,
+            **more,
         }
         _write(trainer, self._record)
         with Ledger(ledger_path()) as ledger:
             kept = ("run_id", "status", "world_size", "epochs", "samples_seen", "metrics", "energy")
             ledger.append("run", {key: self._record[key] for key in kept} | {"data": self._record["identity"]["data"]})
+
+
+def refuse_used(root: Path) -> None:
+    """Refuse to begin a run in a directory that holds one.
+
+    Raises:
+        InputError: a run that ended, or one that can be gone on with.
+    """
+    if not (root / RUN_FILE).exists():
+        return
+    if not unfinished(root):
+        raise InputError(f"{root} holds a run: give the Trainer another default_root_dir, or a ckpt_path to go on")
+    if newest_checkpoint(root) is not None:
+        raise InputError(
+            f"{root} holds a run that has not ended: go on with it, "
+            "fit(..., ckpt_path=gpuops.newest_checkpoint(run_directory)), or give the Trainer another default_root_dir"
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _attempts(trainer: Trainer) -> list[dict[str, Any]]:
+    """Attempts that this run directory has seen, if this one goes on with them."""
+    file = Path(trainer.default_root_dir) / RUN_FILE
+    if not file.is_file():
+        return []
+    attempts: list[dict[str, Any]] = json.loads(file.read_text()).get("attempts", [])
+    return attempts
 
 
 def _own_config(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -180,15 +246,6 @@ def _data_record(trainer: Trainer) -> dict[str, Any]:
         "sample": data.sample.to_json(),
         "preprocess": {side: preprocess.to_json() for side, preprocess in data.preprocess.items()},
     }
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _write(trainer: Trainer, record: Mapping[str, Any]) -> None:
