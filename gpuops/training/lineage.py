@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gpuops.data.datamodule import ZarrDataModule
-from gpuops.errors import InputError
+from gpuops.errors import GpuopsError, InputError
 from gpuops.lineage.ledger import Ledger, ledger_path
 from gpuops.lineage.version import (
     RUN_FILE,
@@ -54,11 +54,6 @@ class LineageCallback(Callback):
         self._record: dict[str, Any] = {}
         self._resumed: Mapping[str, Any] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a run directory that holds a run, before anything is written."""
-        if stage == "fit" and trainer.ckpt_path is None:
-            refuse_used(Path(trainer.default_root_dir))
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the identity of the run before the first step."""
         if not trainer.is_global_zero:
@@ -89,7 +84,9 @@ class LineageCallback(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what a run that goes on does differently; write the record."""
+        """Refuse a run directory that holds a run; say what one that goes on does differently; write the record."""
+        if trainer.ckpt_path is None:
+            refuse_used(Path(trainer.default_root_dir))
         if not trainer.is_global_zero:
             return
         if self._resumed is not None:
@@ -130,7 +127,7 @@ class LineageCallback(Callback):
             return
         stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
         error = None if stopped else f"{type(exception).__name__}: {exception}".splitlines()[0]
-        with contextlib.suppress(OSError):  # a full disk is what ended it, and is what the caller is told
+        with contextlib.suppress(OSError, GpuopsError):  # a full disk is what ended it, and what the caller is told
             self._complete(trainer, "interrupted" if stopped else "failed", {"error": error})
 
     def _complete(self, trainer: Trainer, status: str, more: Mapping[str, Any]) -> None:

@@ -24,25 +24,38 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from gpuops.errors import GpuopsError, InputError, UnavailableError
-from gpuops.training.checkpoint import RecoveryCheckpoint, newest_checkpoint, unfinished
+from gpuops.training.checkpoint import FOLDER, RecoveryCheckpoint, newest_checkpoint, unfinished
 from gpuops.training.energy import EnergyCallback
 from gpuops.training.lineage import LineageCallback, refuse_used
 from gpuops.training.preemption import PreemptionCallback
+from gpuops.training.rendezvous import join_restarted
 from gpuops.training.steps import StepTimesCallback
 
 METRICS = "metrics.csv"
+CALLBACKS: tuple[type[Callback], ...] = (
+    EnergyCallback,
+    StepTimesCallback,
+    RecoveryCheckpoint,
+    PreemptionCallback,
+    LineageCallback,
+)
+"""Callbacks that every run has; one that the config names is taken as it is configured there."""
 
 
 class GpuopsCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module by class path."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to `metrics.csv` and TensorBoard in the run directory unless the config names a logger."""
+        """Wire our callbacks, and log to `metrics.csv` and TensorBoard, unless the config names its own."""
         config = self._get(self.config_init, "trainer", default={})
         if config.get("logger") in (None, True):
             root = config.get("default_root_dir") or "."
             board = TensorBoardLogger(root, name="", version="", sub_dir="tensorboard")
             kwargs["logger"] = [CSVLogger(root, name="", version=""), board]
+        named = config.get("callbacks") or []
+        named = named if isinstance(named, list) else [named]
+        missing = [kind() for kind in CALLBACKS if not any(isinstance(callback, kind) for callback in named)]
+        kwargs["callbacks"] = [*missing, *named]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -58,6 +71,7 @@ class GpuopsCLI(LightningCLI):
             options["weights_only"] = False  # it is ours
         elif named == "last":
             raise InputError(f"{root} holds no checkpoint to go on from: leave ckpt_path out")
+        self._check_checkpoint()
         if options.get("ckpt_path") is None:
             refuse_used(root)  # before a logger deletes what is there
         else:
@@ -66,12 +80,19 @@ class GpuopsCLI(LightningCLI):
             if isinstance(callback, LineageCallback):
                 callback.config = self.config[self.subcommand].as_dict()
                 callback.same_run = named is None
+        join_restarted(self.trainer)
 
     def before_validate(self) -> None:
-        """Refuse a world that is not torchrun's."""
+        """Refuse what cannot work."""
         self._check_world()
+        self._check_checkpoint()
 
     before_test = before_predict = before_validate
+
+    def _check_checkpoint(self) -> None:
+        path = self.config_init[self.subcommand].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and "://" not in str(path) and not Path(path).exists():
+            raise InputError(f"the checkpoint {path} does not exist: see {FOLDER}/ in the run directory")
 
     def _check_world(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -152,11 +173,8 @@ def _set_aside(metrics: Path) -> None:
 
 def _trainer_defaults() -> dict[str, Any]:
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    # The checkpoint before the preemption, so that one signal at a step that saves anyway saves once.
-    callbacks: list[Callback] = [EnergyCallback(), StepTimesCallback(), RecoveryCheckpoint(), PreemptionCallback()]
     defaults: dict[str, Any] = {
         "default_root_dir": "run",
-        "callbacks": [*callbacks, LineageCallback()],
         "use_distributed_sampler": False,
         "devices": local,
         "num_nodes": world // local,

@@ -56,10 +56,11 @@ class StepTimesCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's sums."""
         self._epoch, self._interval, self._last = _Sums(), _Sums(), None
-        self._loader = _loader_seconds(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is here."""
+        if self._last is None and not self._epoch.steps:
+            self._loader = _loader_seconds(trainer)  # without what the first batch took
         self._start, self._step = _now(trainer), None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
