@@ -26,12 +26,23 @@ BLUE, ORANGE, GRAY = "#2563eb", "#d97706", "#9ca3af"
 Field = npt.NDArray[np.float64]
 
 
-def loss_curve(metrics: Path) -> str | None:
-    """train_loss by step, and val_rmse and val_loss after each epoch, those of them that metrics.csv has."""
-    if not metrics.is_file():
-        return None
-    with metrics.open() as stream:
-        rows = list(csv.DictReader(stream))
+def _rows(files: Sequence[Path]) -> list[dict[str, str]]:
+    rows = []
+    for file in files:
+        with file.open() as stream:
+            rows += list(csv.DictReader(stream))
+    return rows
+
+
+def logged(run: Path) -> list[dict[str, str]]:
+    """Rows of a run's metrics, those of its attempts before (`metrics.0.csv`, ...) first."""
+    before = sorted(run.glob("metrics.*.csv"), key=lambda file: int(file.stem.partition(".")[2]))
+    return _rows([file for file in (*before, run / "metrics.csv") if file.is_file()])
+
+
+def loss_curve(run: Path) -> str | None:
+    """train_loss by step, and val_rmse and val_loss after each epoch, those of them that were logged."""
+    rows = logged(run)
     panels = []
     for column, title, color in (
         ("train_loss", "training loss, single batches", BLUE),
@@ -47,6 +58,57 @@ def loss_curve(metrics: Path) -> str | None:
     for axes, (points, title, color) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
         axes.set(xlabel="optimiser step", title=title, yscale="log" if color == BLUE else "linear")
+    return _png(figure)
+
+
+STEP_PARTS = {"compute": BLUE, "data": ORANGE, "optimizer": "#059669", "other": GRAY}
+"""What a training step's time is told apart into (gpuops.training.steps), and its colours."""
+
+
+def step_shares(run: Path, epochs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Shares of the step time, by step where they were logged and else by epoch, and the step time itself."""
+    rows = [row for row in logged(run) if row.get("step_ms")]
+    places, what = [int(row["step"]) for row in rows], "optimiser step"
+    table: Sequence[Mapping[str, Any]] = rows
+    if len(rows) < 2:
+        table, places, what = epochs, [row["epoch"] for row in epochs], "epoch"
+    if not table:
+        return None
+    figure = _figure(9.5, 3.0)
+    shares, times = figure.subplots(1, 2)
+    parts = [[100 * float(row[f"{part}_share"]) for row in table] for part in STEP_PARTS]
+    if len(table) == 1:
+        floor = 0.0
+        for part, values in zip(STEP_PARTS, parts, strict=True):
+            shares.bar(places, values, 0.5, bottom=floor, color=STEP_PARTS[part], label=part)
+            floor += values[0]
+        shares.set_xticks(places)
+    else:
+        shares.stackplot(places, *parts, labels=list(STEP_PARTS), colors=list(STEP_PARTS.values()))
+    shares.set(xlabel=what, ylabel="% of the step time", title="where a step's time goes", ylim=(0, 100))
+    shares.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4)
+    times.plot(places, [float(row["step_ms"]) for row in table], color=BLUE, marker="o", markersize=3)
+    times.set(xlabel=what, ylabel="ms", title="step time", ylim=(0, None))
+    return _png(figure)
+
+
+def power_curves(run: Path) -> str | None:
+    """Power and time busy of each GPU over the run, as its board told it twice a second."""
+    by_gpu: dict[str, list[dict[str, str]]] = {}
+    for row in _rows(sorted(run.glob("power-rank*.csv"))):
+        by_gpu.setdefault(row["gpu"], []).append(row)
+    panels = [("power_w", "power, W"), ("busy_percent", "time busy, %")]
+    if not any(row[column] for rows in by_gpu.values() for row in rows for column, _ in panels):
+        return None
+    figure = _figure(9.5, 2.8)
+    for axes, (column, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for gpu, rows in by_gpu.items():
+            points = [(float(row["time_s"]), float(row[column])) for row in rows if row[column]]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=gpu[:12], linewidth=1)
+        axes.set(xlabel="seconds of the run", title=title, ylim=(0, None))
+        if axes.lines:
+            axes.legend(frameon=False)
     return _png(figure)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gpuops.bundle import Bundle, read_bundle
+from gpuops.energy.derived import derive
 from gpuops.errors import InputError
 from gpuops.lineage.version import RUN_FILE
-from gpuops.report.figures import held_out_map, latency_bars, loss_curve, skill_bars
+from gpuops.report.figures import held_out_map, latency_bars, loss_curve, power_curves, skill_bars, step_shares
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
@@ -24,7 +25,15 @@ code { font-size: .85em; }
 """
 
 
-def write_report(run: Path, destination: Path, *, bundle: Path | None, served: Sequence[Mapping[str, Any]]) -> None:
+def write_report(
+    run: Path,
+    destination: Path,
+    *,
+    bundle: Path | None,
+    served: Sequence[Mapping[str, Any]],
+    carbon: float | None = None,
+    price: float | None = None,
+) -> None:
     """Write the page of a run.
 
     Args:
@@ -32,6 +41,8 @@ def write_report(run: Path, destination: Path, *, bundle: Path | None, served: S
         destination: HTML file to write.
         bundle: the run's bundle, for maps and parity.
         served: reports of `gpuops infer --json`, for latency and served parity.
+        carbon: grams of CO2 equivalent per kWh, the user's figure; shown as derived.
+        price: price per kWh, the user's figure; shown as derived.
 
     Raises:
         InputError: no run there, or the bundle is another run's.
@@ -47,10 +58,11 @@ def write_report(run: Path, destination: Path, *, bundle: Path | None, served: S
         _headline(record, opened),
         _section("Skill", _image(skill_bars(_metrics(record))), _skill_note(record)),
         _section("Forecast over a held-out region", *_map(record, opened)),
-        _section("Training", _image(loss_curve(run / "metrics.csv")), _reading(record)),
+        _section("Training", _image(loss_curve(run)), _reading(record)),
+        _section("Step time", _image(step_shares(run, record.get("step_times") or [])), _steps(record)),
         _section("Parity with the training pipeline", _parity(opened, served)),
         _section("Latency", _image(latency_bars(served)), _latency_note(served)),
-        _section("Energy", _energy(record, served)),
+        _section("Energy", _image(power_curves(run)), _energy(record, served), _derived(record, carbon, price)),
         _section("Identity", _identity(record, opened)),
     ]
     title = f"gpuops: {_model_name(record)}"
@@ -167,8 +179,34 @@ def _energy(record: Mapping[str, Any], served: Sequence[Mapping[str, Any]]) -> s
         elif energy[key] is None:
             shown.append((what, f"unknown: {energy['reason']}"))
         else:
-            shown.append((what, f"{energy[key]:,.1f} J ({energy['method']})"))
+            shown.append((what, f"{energy[key]:,.1f} J ({energy['method']}, {energy.get('tenancy', 'unknown')})"))
+        if what == "training" and energy is not None and energy.get("joules_per_sample") is not None:
+            shown.append(("training sample", f"{energy['joules_per_sample']:.4g} J, validation not counted"))
     return _table(shown)
+
+
+def _steps(record: Mapping[str, Any]) -> str:
+    rows = record.get("step_times") or []
+    if not rows:
+        return ""
+    last = rows[-1]
+    ours = [
+        f"{name} {last[f'{name}_share']:.1%}" for name in ("stall", "copy", "preprocess") if f"{name}_share" in last
+    ]
+    worst = f"waiting for data on the worst rank {last['data_share_worst_rank']:.1%}"
+    return _note(
+        f"Rank 0, last epoch: {last['step_ms']:.1f} ms a step; {', '.join([*ours, worst])}. On a GPU copies run beside "
+        "the computation, so that their share may hide behind it."
+    )
+
+
+def _derived(record: Mapping[str, Any], carbon: float | None, price: float | None) -> str:
+    derived = derive((record.get("energy") or {}).get("joules"), carbon=carbon, price=price)
+    if derived is None:
+        return ""
+    rows = [("energy, kWh", derived["kwh"]), ("carbon, g CO2e", derived.get("carbon_g")), ("cost", derived.get("cost"))]
+    shown = [(f"derived: {name}", "unknown" if value is None else f"{value:.4g}") for name, value in rows]
+    return _table(shown) + _note("From measured joules and figures that you gave; not measured.")
 
 
 def _identity(record: Mapping[str, Any], bundle: Bundle | None) -> str:

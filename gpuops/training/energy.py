@@ -99,7 +99,7 @@ class EnergyCallback(Callback):
         share = elect(rows)[trainer.global_rank]
         self._counted = not found.sensors or bool(share)
         mine = [sensor for sensor in found.sensors if sensor.id in share]
-        self._meter = Meter(found=Found(mine, found.reason))
+        self._meter = Meter(found=Found(mine, found.reason or (None if mine else "another rank counts this GPU")))
         self._begun = self._meter.mark()
         self._spent, self._written = Spent(0.0, 0, 0.0), 0
 

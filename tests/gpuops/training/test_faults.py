@@ -1,12 +1,15 @@
 """Runs that are killed, preempted and moved: what they go on from, and that the result is that of a run left alone."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -37,6 +40,9 @@ class Model(pl.LightningModule):
     def training_step(self, batch, index):
         self.tell(batch)
         return (self(batch["inputs"]["x"]) ** 2).mean()
+
+    def predict_step(self, batch, index):
+        return self(batch["inputs"]["x"])
 
     def tell(self, batch):
         where = os.environ["TOLD"]
@@ -220,6 +226,19 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(room: Room, alone
     assert [attempt["world_size"] for attempt in record(run)["attempts"]] == [2, ranks]
 
 
+def open_when_read(pipe: Path, processes: Sequence[subprocess.Popen[str]]) -> IO[str]:
+    """A pipe's writing end, once a rank waits at the other; fails if a process ends before that."""
+    while True:
+        try:
+            return os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "w")
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"a process ended with {process.wait(timeout=0.1)} before its ranks came to the pause")
+
+
 class Paused:
     """A run whose ranks wait inside a step until they are told to go on."""
 
@@ -237,8 +256,7 @@ class Paused:
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        # Each returns when the rank reads.
-        self.streams = [open(told / f"go-{rank}", "w") for rank in range(2)]  # noqa: SIM115
+        self.streams = [open_when_read(told / f"go-{rank}", [self.process]) for rank in range(2)]
         self.pids = [int((told / f"paused-{rank}").read_text()) for rank in range(2)]
 
     def go(self) -> None:
@@ -327,7 +345,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(room: Room) ->
     run = killed(room, "full")
     before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
     size = max(len(content) for content in before.values())
-    script = f'ulimit -f {size // 1024 - 4}; exec "$@"'
+    script = f'ulimit -f {size // 2048}; exec "$@"'
     done = subprocess.run(
         [
             "bash",
