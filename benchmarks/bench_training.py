@@ -2,8 +2,8 @@
 
 Overhead: the same module and the same data in memory, fitted with and without the callbacks in turn, in one process;
 the median step of each fit, and the median over pairs of their ratio. Checkpoints within the epoch are off: they are
-for the disk to answer. Scaling: samples a second of two ranks against one, with as many cores in all: on two cores the best
-possible is 1 for a model that uses both, and what is lost is the ranks' talk.
+for the disk to answer. Scaling: samples a second of two ranks against one, with as many cores in all: on two cores the
+best possible is 1 for a model that uses both, and what is lost is the ranks' talk.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ if int(os.environ.get("RANK", "0")) == 0:
 def main() -> None:
     warnings.simplefilter("ignore")
     options = harness.arguments(__doc__ or "", "training").parse_args()
-    rounds, steps = (2, 40) if options.quick else (9, 150)
+    rounds, steps = (2, 40) if options.quick else (7, 120)
     rows = [*overhead(rounds, steps), *scaling(rounds, steps)]
     harness.report(options.out, packages=("torch", "lightning"), limits={}, rows=rows)
 

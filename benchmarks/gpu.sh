@@ -4,6 +4,7 @@
 #   benchmarks/gpu.sh demo     the demo (`make demo`), then every test marked gpu
 #   benchmarks/gpu.sh loader   the loader from disk to a training step, each stage against its own ceiling
 #   benchmarks/gpu.sh kernels  the kernels: their tests on the GPU, then each against a copy and torch.compile
+#   benchmarks/gpu.sh energy   the meter: the counter's step, the meter against it, overhead, joules a sample; the demo's
 #
 # From the environment:
 #   PYTHON   interpreter that has torch, triton and lightning; they are used as they are (default: python3)
@@ -13,7 +14,7 @@
 #
 # Writes benchmarks/results/<name of the GPU>/, for the demo demo.json: its summary, the tests' counts
 # and the versions; for the loader gpu-loader.json and, on that machine's processor, loader.json; for the kernels
-# kernels.json. Where compute-sanitizer is installed, the kernels' tests run once more under it.
+# kernels.json; for the meter energy-gpu.json. Where compute-sanitizer is installed, the kernels' tests run once more under it.
 # Exits with 1 if there is no GPU, a test failed or none ran, with 2 if it does not know what it was asked for.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
@@ -21,7 +22,7 @@ fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
 [ $# -eq 1 ] || fail "which part? benchmarks/gpu.sh demo (--help says more)" 2
 case $1 in
   -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-  demo|loader|kernels) part=$1 ;;
+  demo|loader|kernels|energy) part=$1 ;;
   *) fail "there is no part $1: benchmarks/gpu.sh demo (--help says more)" 2 ;;
 esac
 nvidia-smi --list-gpus >/dev/null 2>&1 \
@@ -36,6 +37,18 @@ if [ "$part" = loader ]; then
   "$VENV/bin/python" benchmarks/gpu_loader.py
   "$VENV/bin/python" benchmarks/bench_loader.py --quick
   if [ -n "$OUT" ]; then cp benchmarks/results/*/{gpu-loader,loader}.json "$OUT/"; fi
+  exit 0
+fi
+
+if [ "$part" = energy ]; then
+  make setup "PYTHON=${PYTHON:-python3}" SYSTEM_SITE=1 "WHEELS=${WHEELS:-}"
+  "$VENV/bin/python" benchmarks/gpu_energy.py
+  # The demo's joules a sample and step shares are in its run.json; needs the wheels of `make demo`.
+  "$VENV/bin/gpuops" demo --out out/energy-demo
+  "$VENV/bin/python" benchmarks/gpu_loader.py  # our loader's stall beside a DataLoader's
+  if [ -n "$OUT" ]; then
+    cp benchmarks/results/*/energy-gpu.json benchmarks/results/*/gpu-loader.json out/energy-demo/run/run.json "$OUT/"
+  fi
   exit 0
 fi
 

@@ -59,7 +59,7 @@ class Sampler:
             self._thread = None
 
     def mark(self) -> int:
-        """Read everything now, and watch for the next step; returns the moment, for `edge`."""
+        """Read everything now, and watch for the next steps; returns the moment, for `edge`."""
         with self._changed:
             now = self._read()
             while now in self._marks:  # two marks within the clock's resolution
@@ -131,9 +131,10 @@ class Sampler:
                 if sensor.id in edges:
                     continue
                 track = self.tracks[sensor.id]
-                if (edge := track.at(mark)) is not None:
+                patient = track.reason is None and now - mark < _patience_ns(sensor)
+                if (edge := track.at(mark, at_once=not patient)) is not None:
                     edges[sensor.id] = edge
-                elif track.reason is None and now - mark < _patience_ns(sensor):
+                elif patient:
                     waiting = True
             if not waiting:
                 self._open.remove(mark)

@@ -1,8 +1,10 @@
 """The course of one counter, put together from the moments at which it was read.
 
 A counter of energy rises in steps, 10 to 100 ms apart, and is read from time to time. Between two steps the power is
-taken as constant, so that the energy at any moment is a point of a broken line, and the energies of windows that follow
-each other add up to that of the whole. What the steps can hide is bounded by the steps on both sides of a moment.
+taken as constant, or as changing once, from that of the step before to that of the step after, where that agrees with
+what the step rose by (subcell resolution: Harten, J. Comput. Phys. 83, 1989). So the energy at any moment is a point of
+a broken line, and the energies of windows that follow each other add up to that of the whole. What the steps can hide
+is bounded by the steps on both sides of a moment.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ NARROW_NS = 6_000_000
 GAP_NS = 2_000_000_000
 """Power that was not read for longer is not integrated: nobody knows what was drawn."""
 _PERIODS = 15
+_KEPT = 64
 _MW_NS_PER_MJ = 1_000_000_000
 
 
@@ -55,6 +58,8 @@ class Track:
         self._read_ns = 0
         self._last = Count(None)
         self._gaps_ns: list[int] = []
+        self.period_ns: int | None = None
+        """Time between two steps, as found while they were watched closely; None if they were not yet."""
         self._carry = 0
         self._integrated = False
 
@@ -62,11 +67,6 @@ class Track:
     def answered(self) -> bool:
         """Whether there was any answer yet."""
         return bool(self._energy)
-
-    @property
-    def period_ns(self) -> int | None:
-        """Time between two steps, as found while they were watched closely; None if they were not yet."""
-        return int(median(self._gaps_ns)) if self._gaps_ns else None
 
     def see(self, time_ns: int, count: Count) -> None:
         """Take one read into account."""
@@ -82,15 +82,19 @@ class Track:
             self._integrate(time_ns, count.power_mw + self._last.power_mw)
         self._read_ns, self._last = time_ns, count
 
-    def at(self, time_ns: int) -> Edge | None:
-        """The energy at a moment at which the counter was read; None before the next step shows it."""
+    def at(self, time_ns: int, *, at_once: bool = False) -> Edge | None:
+        """The energy at a moment at which the counter was read; None before the next two steps show it.
+
+        Args:
+            time_ns: the moment.
+            at_once: be content with the next step.
+        """
         after = bisect_right(self._after, time_ns)
-        if after == len(self._after) or after == 0:
+        missing = len(self._after) - after
+        if missing < (1 if at_once or self._integrated else 2) or after == 0:
             return None
         low, high = self._energy[after - 1], self._energy[after]
-        begin, end = self._time(after - 1), self._time(after)
-        share = 1.0 if end <= begin else min(max((time_ns - begin) / (end - begin), 0.0), 1.0)
-        energy = low + round(share * (high - low))
+        energy = low + round(self._within(after, time_ns))
         return Edge(energy, None, None) if self._integrated else Edge(energy, low, high)
 
     def last(self) -> Edge:
@@ -106,8 +110,8 @@ class Track:
 
     def forget_before(self, time_ns: int) -> None:
         """Drop steps that no moment from this one on needs."""
-        keep = bisect_right(self._after, time_ns) - 3
-        if keep > 0:
+        keep = bisect_right(self._after, time_ns) - 4
+        if keep > _KEPT:
             del self._before[:keep], self._after[:keep], self._energy[:keep]
 
     def _count(self, time_ns: int, rise_mj: int) -> None:
@@ -118,6 +122,7 @@ class Track:
             narrow = time_ns - self._read_ns <= NARROW_NS
             if narrow and self._after[-1] - self._before[-1] <= NARROW_NS and len(self._after) > 1:
                 self._gaps_ns = [*self._gaps_ns, time_ns - self._after[-1]][-_PERIODS:]
+                self.period_ns = int(median(self._gaps_ns))
             self._step(self._read_ns, time_ns, self._energy[-1] + rise_mj)
 
     def _integrate(self, time_ns: int, both_mw: int) -> None:
@@ -134,6 +139,26 @@ class Track:
         self._before.append(before_ns)
         self._after.append(after_ns)
         self._energy.append(energy_mj)
+
+    def _within(self, after: int, time_ns: int) -> float:
+        """Energy from the step before a moment to that moment; `after` is the next step."""
+        begin, end, rise = self._time(after - 1), self._time(after), self._energy[after] - self._energy[after - 1]
+        if end <= begin:
+            return float(rise)
+        passed = min(max(time_ns - begin, 0.0), end - begin)
+        before, later = self._power(after - 1), self._power(after + 1)
+        if before is not None and later is not None and before != later:
+            change = (later * (end - begin) - rise) / (later - before)  # when one power has to follow on the other
+            if 0 <= change <= end - begin:
+                return before * min(passed, change) + later * max(passed - change, 0.0)
+        return rise * passed / (end - begin)
+
+    def _power(self, step: int) -> float | None:
+        """Mean power of what ends with a step, mJ a nanosecond; None if it is not known."""
+        if not 2 <= step < len(self._after) or self._integrated:
+            return None
+        begin, end = self._time(step - 1), self._time(step)
+        return (self._energy[step] - self._energy[step - 1]) / (end - begin) if end > begin else None
 
     def _time(self, step: int) -> float:
         """When a step was: in the middle of the reads around it, or by its neighbour where that one is known better."""

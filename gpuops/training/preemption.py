@@ -64,8 +64,11 @@ class PreemptionCallback(Callback):
             self._stop(trainer, signal.Signals(asked))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Give the signals back; every rank is here, so that the group can go."""
         self._restore()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signals back; a peer may be gone, so nothing is waited for."""
