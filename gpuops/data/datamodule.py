@@ -228,6 +228,11 @@ class ZarrDataModule(LightningDataModule):
         return total
 
     @property
+    def fetched_s(self) -> float:
+        """Seconds that training has spent in getting batches on this rank, by the clock."""
+        return 0.0 if self._train is None else self._train.fetched_s
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Seconds that the training loader has spent on this rank: stall, copy (on CUDA) and preprocess."""
         if self._train is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -68,6 +69,8 @@ class ZarrLoader:
         self._ids, self._order, self._rank, self._ranks, self._epoch = ids, order, rank, ranks, epoch
         self._inputs, self._targets, self._seed = inputs.to(device), targets.to(device), seed
         self.watch = Stopwatch(device)
+        self.fetched_s = 0.0
+        """Seconds that the consumer has spent in getting batches, by the clock."""
         self._upload = _Upload(device, self.watch) if device.type == "cuda" else None
         self._identity, self._progress = dict(identity or {}), progress or _always_finished
         self._position = (0, 0)
@@ -85,13 +88,16 @@ class ZarrLoader:
         done = resume[1] if resume is not None and resume[0] == epoch and resume[1] < order.batches else 0
         self._position = (epoch, done)
         shares = order.shares(done, self._rank, self._ranks)
+        begun = time.perf_counter()
         for slot in self.reader.iterate((self._ids[positions], valid) for positions, valid in shares):
             done += 1
             self._position = (epoch, done)
             batch = self._batch(slot, epoch)
             del slot  # what the batch does not share goes back to the reader now, the rest with the batch
+            self.fetched_s += time.perf_counter() - begun
             yield batch
             del batch
+            begun = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Position (epoch, batches delivered to finished steps) and the identity that it belongs to."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,37 +19,45 @@ from gpuops.training.ranks import gather
 Moment = float | torch.cuda.Event
 
 
+PARTS = ("other", "data", "compute", "optimizer")
+"""What a step's time is told apart into, in the order in which it passes."""
+
+
 @dataclass(slots=True)
 class _Sums:
     """Seconds of some steps."""
 
     steps: int = 0
     wall_s: float = 0.0
-    device_s: dict[str, float] = field(default_factory=lambda: {"data": 0.0, "compute": 0.0, "optimizer": 0.0})
+    device_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     def shares(self) -> dict[str, float]:
-        """Shares of the wall time, which add up to 1 (`other`: hooks, logging, callbacks)."""
+        """Shares of the wall time, which add up to 1."""
         if not self.wall_s:
             return {}
         shares = {f"{name}_share": seconds / self.wall_s for name, seconds in self.device_s.items()}
-        return {**shares, "other_share": max(1 - sum(shares.values()), 0.0)}
+        rest = 1 - sum(shares.values())  # a CUDA stream's time may be less than the wall's
+        return {**shares, "other_share": max(shares["other_share"] + rest, 0.0)}
 
 
 class StepTimesCallback(Callback):
     """Step time and its shares, every few steps in the log and every epoch on the screen and in `run.json`.
 
-    `data` is the time between two steps: stall (waiting for the reader), host to device copy, preprocessing. `compute`
-    is forward and backward, `optimizer` from there to the end of the step. On a CUDA device the times are those of its
-    stream, by events that no step waits for; copies run beside the computation and are told apart.
+    `data` is the time that a batch takes: stall (waiting for the reader), host to device copy, preprocessing; where
+    gpuops does not read the data, all that lies between two steps. `compute` is forward and backward, `optimizer` from
+    there to the end of the step, `other` hooks, logging and Lightning's own loop. On a CUDA device the times are those
+    of its stream, by events that no step waits for; copies run beside the computation and are told apart.
     """
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, Any]] = []
         """One row an epoch."""
         self._interval, self._epoch = _Sums(), _Sums()
-        self._under_way: deque[tuple[Moment, Moment, Moment, Moment]] = deque()
+        self._under_way: deque[tuple[Moment, ...]] = deque()
         self._last: Moment | None = None
         self._start: Moment = 0.0
+        self._asked: Moment = 0.0
+        self._fetched_s = 0.0
         self._step: Moment | None = None
         self._last_host = 0.0
         self._loader: dict[str, float] = {}
@@ -62,6 +71,12 @@ class StepTimesCallback(Callback):
         if self._last is None and not self._epoch.steps:
             self._loader = _loader_seconds(trainer)  # without what the first batch took
         self._start, self._step = _now(trainer), None
+        self._asked = self._start if self._last is None else self._last
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ZarrDataModule):
+            if isinstance(self._start, float):
+                self._asked = self._start - (data.fetched_s - self._fetched_s)
+            self._fetched_s = data.fetched_s
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Forward and backward are done."""
@@ -72,9 +87,11 @@ class StepTimesCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step is done; the first of an epoch, which has no step before it, is not counted."""
-        end, host = _now(trainer), time.perf_counter()
+        end = _now(trainer)
+        host = end if isinstance(end, float) else time.perf_counter()
         if self._last is not None:
-            self._under_way.append((self._last, self._start, end if self._step is None else self._step, end))
+            step = end if self._step is None else self._step
+            self._under_way.append((self._last, self._asked, self._start, step, end))
             for sums in (self._interval, self._epoch):
                 sums.wall_s += host - self._last_host
                 sums.steps += 1
@@ -117,9 +134,9 @@ class StepTimesCallback(Callback):
 
     def _settle(self) -> None:
         """Add up the steps that the device has finished."""
-        while self._under_way and _reached(self._under_way[0][3]):
+        while self._under_way and _reached(self._under_way[0][-1]):
             moments = self._under_way.popleft()
-            for name, first, last in zip(("data", "compute", "optimizer"), moments, moments[1:], strict=False):
+            for name, (first, last) in zip(PARTS, pairwise(moments), strict=True):
                 for sums in (self._interval, self._epoch):
                     sums.device_s[name] += _between(first, last)
 

@@ -130,7 +130,7 @@ def test_serve_and_infer_over_both_protocols(bundled: Job, tmp_path: Path) -> No
     done = run_cli("report", bundled.run, "--bundle", bundled.bundle, "--infer", *reports, "--out", page)
     assert done.returncode == 0, done.stderr
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 5
     assert "src='http" not in html
     manifest = json.loads((bundled.bundle / "manifest.json").read_text())
     assert manifest["version_id"] in html
