@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAKE = ROOT / "tests" / "gpuops" / "energy"
 STEPS_MS = (10, 20, 100)
 CLASSES = (("1 to 19 steps", 1, 20), ("20 to 49 steps", 20, 50), ("50 to 200 steps", 50, 201))
-COST_S = 60.0
+COST_S = 20.0
 
 CHILD = """
 import json, sys, time

@@ -78,7 +78,7 @@ if int(os.environ.get("RANK", "0")) == 0:
 def main() -> None:
     warnings.simplefilter("ignore")
     options = harness.arguments(__doc__ or "", "training").parse_args()
-    rounds, steps = (2, 40) if options.quick else (7, 120)
+    rounds, steps = (2, 40) if options.quick else (5, 100)
     rows = [*overhead(rounds, steps), *scaling(rounds, steps)]
     harness.report(options.out, packages=("torch", "lightning"), limits={}, rows=rows)
 
