@@ -129,19 +129,6 @@ class Room:
         return done.stderr
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
-    return Room(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
-def alone(room: Room) -> Path:
-    """A run of two ranks that nobody disturbed."""
-    run = room.root / "alone"
-    room.fit(run)
-    return run
-
-
 def record(run: Path) -> dict[str, Any]:
     told: dict[str, Any] = json.loads((run / "run.json").read_text())
     return told

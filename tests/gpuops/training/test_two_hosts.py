@@ -49,19 +49,6 @@ def hosts() -> Iterator[tuple[str, str]]:
             ip("netns", "del", name, check=False)
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
-    return Room(tmp_path_factory.mktemp("hosts"))
-
-
-@pytest.fixture(scope="module")
-def alone(room: Room) -> Path:
-    """A run of two ranks on one host that nobody disturbed."""
-    run = room.root / "alone"
-    room.fit(run)
-    return run
-
-
 class Cluster:
     """The launcher of each host, played by the test as Slurm would: it starts a host's command, and starts it again."""
 

@@ -13,11 +13,6 @@ from tests.gpuops.training.test_faults import SINGLE, Room, record
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
-    return Room(tmp_path_factory.mktemp("ways"))
-
-
 @pytest.mark.parametrize(
     "flags",
     [
