@@ -2,6 +2,7 @@
 
     manifest.json   what it is, what it is made of, how it was proved, sha256 of every other file
     golden.npz      8 raw samples and the training pipeline's own answers to them
+    patterns.npz    samples with missing values in them and the eager graph's answers, if an input can lack any
     model.<format>  one file a format
 
 A bundle is written into a new directory and renamed (gpuops.atomic), so a killed export leaves
@@ -27,7 +28,8 @@ from gpuops.spec import Arrays, Signature
 SCHEMA = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
-FORMAT_FILES = {"pt2": "model.pt2", "onnx": "model.onnx"}
+PATTERNS = "patterns.npz"
+FORMAT_FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "aoti": "model_aoti.pt2"}
 """File of each format. A .pt2 file's stem is the root of its archive: renaming it changes its bytes."""
 
 
@@ -42,8 +44,16 @@ class Golden:
 
     def batch(self, size: int) -> Golden:
         """`size` samples and answers, starting again at the first when they run out."""
-        index = np.arange(size) % len(next(iter(self.inputs.values())))
+        return self.take(np.arange(size) % len(next(iter(self.inputs.values()))))
+
+    def take(self, index: npt.NDArray[np.int64]) -> Golden:
+        """The samples and answers at these places."""
         return Golden({k: v[index] for k, v in self.inputs.items()}, {k: v[index] for k, v in self.outputs.items()})
+
+    def rows(self) -> list[Arrays]:
+        """The samples one by one, each a batch of one, as requests."""
+        count = len(next(iter(self.inputs.values())))
+        return [{name: array[k : k + 1] for name, array in self.inputs.items()} for k in range(count)]
 
     def max_abs_diff(self, outputs: Arrays) -> float:
         """Largest absolute difference of `outputs` from these answers; NaN or a missing output is infinite."""
@@ -119,6 +129,10 @@ class Bundle:
         """Golden samples and answers."""
         return Golden.load(self.path / GOLDEN)
 
+    def patterns(self) -> Golden | None:
+        """Samples with missing values and their answers; None where no input has such a value, or in older bundles."""
+        return Golden.load(self.path / PATTERNS) if PATTERNS in self.manifest["files"] else None
+
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
@@ -130,7 +144,8 @@ def write_manifest(directory: Path, document: Mapping[str, Any]) -> dict[str, An
     """Seal the files of `directory` with a manifest and return it.
 
     `document` holds name, version_id, run_id, identity, signature, sample, preprocess, tolerance, served_batches,
-    parity and environment; `schema`, `files` (sha256 by file name) and `sha256` (of the manifest itself,
+    parity and environment, and "aoti" (torch, isa, cuda_arch) beside a compiled package; `schema`,
+    `files` (sha256 by file name) and `sha256` (of the manifest itself,
     canonical, without that field) are added here.
     """
     files = {p.name: file_sha256(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from gpuops.atomic import new_directory
-from gpuops.bundle import FORMAT_FILES, GOLDEN, Bundle, read_bundle, write_manifest
-from gpuops.export.formats import write
-from gpuops.export.graph import golden, load_run, served_graph, signature
+from gpuops.bundle import FORMAT_FILES, GOLDEN, PATTERNS, Bundle, read_bundle, write_manifest
+from gpuops.export import aoti
+from gpuops.export.formats import DEFAULT_FORMATS, check_formats, write
+from gpuops.export.graph import ServedGraph, golden, load_run, one_thread, served_graph, signature
+from gpuops.export.patterns import answered, with_missing
 from gpuops.export.verify import verify_format
 from gpuops.lineage.version import version_id, weights_identity
+from gpuops.spec import Arrays
 
 TOLERANCE = 1e-5
 """Smallest default for the largest absolute difference from the training pipeline's answers, in physical units."""
@@ -26,10 +30,11 @@ def export(
     run: str | Path,
     bundle: str | Path,
     *,
-    formats: Sequence[str] = tuple(FORMAT_FILES),
+    formats: Sequence[str] = DEFAULT_FORMATS,
     name: str | None = None,
     max_batch: int = 32,
     tolerance: float | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -43,14 +48,17 @@ def export(
         max_batch: largest batch served.
         tolerance: largest absolute difference allowed, in physical units; if None, `TOLERANCE` or `ROUNDINGS` at the
             largest golden answer, whichever is larger.
+        device: what an aoti package is compiled for, "cpu" or "cuda".
         overwrite: replace the bundle that is there, once the new one is proved.
         say: told what is being done.
 
     Raises:
-        InputError: the run is unfinished, a format is unknown, or the bundle exists.
+        InputError: the run is unfinished, a format or device is unknown, or the bundle exists.
+        UnavailableError: a format needs a package, a compiler or a device that is not here.
         IntegrityError: the model's code or data changed since the run, or a format does not answer as training does.
     """
     destination = Path(bundle)
+    check_formats(formats, device)
     with new_directory(destination, overwrite=overwrite) as directory:
         loaded = load_run(run)
         graph = served_graph(loaded)
@@ -58,11 +66,15 @@ def export(
         say(f"golden answers of {type(loaded.model).__name__} on held-out samples")
         vectors, ids = golden(loaded, graph)
         vectors.save(directory / GOLDEN)
+        wire = signature(loaded, max_batch)
+        lacking = with_missing(vectors, wire)
+        if lacking is not None:
+            answered(lacking, lambda inputs: _eager(graph, inputs), max_batch).save(directory / PATTERNS)
         if tolerance is None:
             largest = max(float(np.nanmax(np.abs(answer))) for answer in vectors.outputs.values())
             tolerance = max(TOLERANCE, ROUNDINGS * largest * float(np.finfo(np.float32).eps))
         say(f"writing {', '.join(formats)}")
-        write(graph, vectors.inputs, graph.output_names, max_batch, directory, formats)
+        write(graph, vectors.batch(max_batch).inputs, graph.output_names, max_batch, directory, formats, device)
         weights = weights_identity(_weights(loaded.model))
         document = {
             "name": name or type(loaded.model).__name__.lower(),
@@ -70,7 +82,7 @@ def export(
             "run_id": record["run_id"],
             "identity": {**record["identity"], "weights": weights},
             "metrics": record["metrics"],
-            "signature": signature(loaded, max_batch).to_json(),
+            "signature": wire.to_json(),
             "sample": {**record["sample"], "golden_ids": ids},
             "preprocess": record["preprocess"],
             "served_batches": [1, max_batch],
@@ -78,12 +90,21 @@ def export(
             "environment": record["identity"]["environment"],
             "parity": {},
         }
+        if "aoti" in formats:
+            document["aoti"] = aoti.facts(directory / FORMAT_FILES["aoti"])
         write_manifest(directory, document)
         for format in formats:
             say(f"verifying {format} in a fresh process, batches 1 to {max_batch}")
             document["parity"][format] = verify_format(directory, format)
         write_manifest(directory, document)
     return read_bundle(destination)
+
+
+def _eager(graph: ServedGraph, inputs: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+    """Answers of the graph before any export."""
+    with torch.no_grad(), one_thread():
+        answers = graph(*(torch.from_numpy(inputs[name]) for name in graph.input_names))
+    return {name: answer.numpy() for name, answer in zip(graph.output_names, answers, strict=True)}
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +15,84 @@ import numpy.typing as npt
 
 from gpuops.bundle import FORMAT_FILES, Bundle, read_bundle
 from gpuops.errors import InputError, UnavailableError
+from gpuops.export import aoti
 from gpuops.spec import Arrays, Signature
 
 Answers = dict[str, npt.NDArray[np.float32]]
-Infer = Callable[[Arrays], Answers]
-"""Stored samples by input name to physical answers by output name."""
+Infer = Callable[[Arrays | npt.NDArray[Any]], Answers]
+"""Stored samples by input name (a bare array where there is one input) to physical answers by output name."""
+DEFAULT_FORMATS = ("pt2", "onnx")
+"""Formats whose bytes are the same at every export, and which run on any machine."""
+DEVICES = ("cpu", "cuda")
 
 
 def write(
-    graph: Any, example: Arrays, outputs: Sequence[str], max_batch: int, directory: Path, formats: Sequence[str]
+    graph: Any,
+    example: Arrays,
+    outputs: Sequence[str],
+    max_batch: int,
+    directory: Path,
+    formats: Sequence[str],
+    device: str = "cpu",
 ) -> None:
     """Export a graph into `directory`, one file a format, with a dynamic batch of 1 to `max_batch`.
 
     Args:
         graph: the served graph, taking the inputs in the order of `example`.
-        example: stored samples by input name, at least two of them.
+        example: `max_batch` stored samples by input name, at least two of them.
         outputs: output names in the graph's order.
         max_batch: largest batch.
         directory: where the files go.
         formats: of `gpuops.bundle.FORMAT_FILES`.
+        device: what aoti compiles for, "cpu" or "cuda"; the other formats run on both.
+
+    Raises:
+        InputError: an unknown format or device.
+        UnavailableError: aoti without a C++ compiler, or for CUDA without CUDA; onnx without its packages.
     """
     import torch
 
     from gpuops_kernels.transform import decompositions
 
-    unknown = set(formats) - FORMAT_FILES.keys()
-    if unknown or not formats:
-        raise InputError(f"formats {sorted(unknown)} are unknown; there are {', '.join(FORMAT_FILES)}")
-    tensors = tuple(torch.from_numpy(np.ascontiguousarray(array[:2])) for array in example.values())
+    check_formats(formats, device)
+    tensors = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in example.values())
     batch = torch.export.Dim("batch", min=1, max=max_batch)
+    dynamic = (tuple({0: batch} for _ in tensors),)
+    table = torch.export.default_decompositions()
+    table.update(decompositions())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates parts of its own exporters while they run
-        program = torch.export.export(graph, tensors, dynamic_shapes=(tuple({0: batch} for _ in tensors),))
-        table = torch.export.default_decompositions()
-        table.update(decompositions())
-        program = program.run_decompositions(table)
+        if {"pt2", "onnx"} & set(formats):
+            program = torch.export.export(
+                graph, tuple(tensor[:2].clone() for tensor in tensors), dynamic_shapes=dynamic
+            )
+            program = program.run_decompositions(table)
         if "pt2" in formats:
             for node in program.graph.nodes:
                 node.meta.pop("from_node", None)  # debugging history with memory addresses: other bytes every time
             torch.export.save(program, directory / FORMAT_FILES["pt2"])
         if "onnx" in formats:
             _write_onnx(program, list(example), outputs, directory / FORMAT_FILES["onnx"])
+        if "aoti" in formats:
+            aoti.write(graph, tensors, dynamic, table, directory / FORMAT_FILES["aoti"], device)
+
+
+def check_formats(formats: Sequence[str], device: str) -> None:
+    """Raise InputError or UnavailableError unless these formats can be written here."""
+    unknown = set(formats) - FORMAT_FILES.keys()
+    if unknown or not formats:
+        raise InputError(f"formats {sorted(unknown)} are unknown; there are {', '.join(FORMAT_FILES)}")
+    if "onnx" in formats:
+        for package in ("onnx", "onnxscript"):
+            _require(package, "onnx")
+    if "aoti" in formats:
+        aoti.require_device(device)
+        aoti.require_compiler()
 
 
 def _write_onnx(program: Any, inputs: list[str], outputs: Sequence[str], file: Path) -> None:
     import torch
 
-    for package in ("onnx", "onnxscript"):
-        _require(package, "onnx")
     # It says of each torchvision operator that torchvision is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     exported = torch.onnx.export(
@@ -73,38 +105,69 @@ def _write_onnx(program: Any, inputs: list[str], outputs: Sequence[str], file: P
     exported.save(str(file), external_data=False)
 
 
-def load_bundle(path: str | Path, format: str = "onnx") -> Infer:
+def load_bundle(path: str | Path, format: str | None = None, device: str = "cpu") -> Infer:
     """A bundle as a function of this process: stored samples by name in, physical answers by name out.
+
+    Where the model has one input, its array may be given bare.
 
     Args:
         path: the bundle; every byte is compared with its manifest first.
-        format: "onnx" (needs onnxruntime) or "pt2" (needs torch).
+        format: "onnx" (needs onnxruntime), "pt2" or "aoti" (need torch); if None, onnx where the bundle has it and
+            onnxruntime is installed, else pt2.
+        device: "cpu" or "cuda"; answers are NumPy arrays either way. An aoti package runs where it was compiled for.
 
     Raises:
-        InputError: no bundle, no such format; when called, a wrong dtype, shape or batch size.
+        InputError: no bundle, no such format or device; when called, a wrong dtype, shape or batch size.
         IntegrityError: the bundle was changed.
-        UnavailableError: the runtime is not installed.
+        UnavailableError: the runtime is not installed or the device is not here.
     """
-    return runner(read_bundle(path), format)
+    return runner(read_bundle(path), format, device)
 
 
-def runner(bundle: Bundle, format: str) -> Infer:
+def runner(bundle: Bundle, format: str | None = None, device: str = "cpu") -> Infer:
     """`load_bundle` for a bundle that is open already."""
-    load = {"onnx": _onnx, "pt2": _pt2}
-    run = load[format](bundle.model_file(format), bundle.signature)
+    if device not in DEVICES:
+        raise InputError(f"device {device!r} is unknown: use {' or '.join(DEVICES)}")
+    chosen = default_format(bundle) if format is None else format
+    file = bundle.model_file(chosen)
+    run = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}[chosen](bundle, file, device)
     signature = bundle.signature
 
-    def infer(inputs: Arrays) -> Answers:
-        signature.check(inputs)
-        return run(inputs)
+    def infer(inputs: Arrays | npt.NDArray[Any]) -> Answers:
+        named = _named(inputs, signature)
+        signature.check(named)
+        # A compiled graph reads memory as it lies, whatever the strides say.
+        return run({name: np.ascontiguousarray(array) for name, array in named.items()})
 
     return infer
 
 
-def _onnx(file: Path, signature: Signature) -> Infer:
+def default_format(bundle: Bundle) -> str:
+    """What `load_bundle` takes if it is not told."""
+    return "onnx" if "onnx" in bundle.formats and find_spec("onnxruntime") is not None else "pt2"
+
+
+def _named(inputs: Arrays | npt.NDArray[Any], signature: Signature) -> dict[str, npt.NDArray[Any]]:
+    """Arrays by input name; a bare array is the only input's."""
+    if isinstance(inputs, Mapping):
+        return {name: np.asarray(array) for name, array in inputs.items()}
+    names = [spec.name for spec in signature.inputs]
+    if len(names) > 1:
+        raise InputError(f"the model takes inputs {', '.join(names)}: pass {{name: array}}, not one array")
+    return {names[0]: np.asarray(inputs)}
+
+
+def _onnx(bundle: Bundle, file: Path, device: str) -> Callable[[Arrays], Answers]:
     ort = _require("onnxruntime", "onnx")
-    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [spec.name for spec in signature.outputs]
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise UnavailableError("this onnxruntime has no CUDA: pip install onnxruntime-gpu, or use device cpu")
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))
+    session = ort.InferenceSession(str(file), providers=providers)
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise UnavailableError("onnxruntime found no CUDA device or library that it can use: use device cpu")
+    names = [spec.name for spec in bundle.signature.outputs]
 
     def infer(inputs: Arrays) -> Answers:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
@@ -112,17 +175,51 @@ def _onnx(file: Path, signature: Signature) -> Infer:
     return infer
 
 
-def _pt2(file: Path, signature: Signature) -> Infer:
+def _pt2(bundle: Bundle, file: Path, device: str) -> Callable[[Arrays], Answers]:
     torch = _require("torch", "train")
-    module = torch.export.load(file).module()
+    aoti.require_device(device)
+    program = torch.export.load(file)
+    if device == "cuda":
+        from torch.export.passes import move_to_device_pass
 
-    def infer(inputs: Mapping[str, npt.NDArray[Any]]) -> Answers:
-        raw = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in signature.inputs]
-        with torch.no_grad():
+        program = move_to_device_pass(program, "cuda")
+    return _called(program.module(), bundle.signature, device)
+
+
+def _aoti(bundle: Bundle, file: Path, device: str) -> Callable[[Arrays], Answers]:
+    _require("torch", "train")
+    aoti.require_device(device)
+    return _called(aoti.load(file, bundle.manifest["aoti"], device), bundle.signature, device)
+
+
+def _called(module: Any, signature: Signature, device: str) -> Callable[[Arrays], Answers]:
+    """A function of tensors in the signature's order as one of arrays by name."""
+    import torch
+
+    def infer(inputs: Arrays) -> Answers:
+        raw = [torch.from_numpy(inputs[spec.name]).to(device) for spec in signature.inputs]
+        with torch.no_grad(), _full_float32(device):
             answers = module(*raw)
-        return {spec.name: answer.numpy() for spec, answer in zip(signature.outputs, answers, strict=True)}
+        return {spec.name: answer.cpu().numpy() for spec, answer in zip(signature.outputs, answers, strict=True)}
 
     return infer
+
+
+@contextmanager
+def _full_float32(device: str) -> Iterator[None]:
+    """Convolutions of 24 bits, not TF32's 11, which torch takes on CUDA if it is not told otherwise."""
+    import torch
+
+    if device != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def _require(package: str, extra: str) -> Any:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpuops.bundle import Bundle, read_bundle
+from gpuops.bundle import Bundle, Golden, read_bundle
 from gpuops.errors import GpuopsError, IntegrityError
 from gpuops.lineage.version import version_id
 
@@ -24,7 +24,7 @@ def verify(path: str | Path) -> dict[str, dict[str, Any]]:
         IntegrityError: bytes, identity or answers differ from what was recorded.
     """
     bundle = read_bundle(path)
-    _check_identity(bundle)
+    check_identity(bundle)
     return {format: verify_format(bundle.path, format) for format in bundle.formats}
 
 
@@ -43,11 +43,24 @@ def verify_format(path: Path, format: str) -> dict[str, Any]:
     return parity
 
 
-def _check_identity(bundle: Bundle) -> None:
+def check_identity(bundle: Bundle) -> None:
+    """Raise IntegrityError unless the version id is that of the recorded identity."""
     identity = dict(bundle.manifest["identity"])
     weights = identity.pop("weights")
     if version_id(identity, weights) != bundle.version_id:
         raise IntegrityError(f"{bundle.path}: the version id is not that of the recorded identity: export it again")
+
+
+def _patterns(bundle: Bundle, format: str) -> Golden | None:
+    """Samples with missing values and their answers: the bundle's; for an older bundle, what its pt2 file answers."""
+    from gpuops.export.formats import runner
+    from gpuops.export.patterns import answered, with_missing
+
+    kept = bundle.patterns()
+    inputs = with_missing(bundle.golden(), bundle.signature)
+    if kept is not None or inputs is None or format == "pt2" or "pt2" not in bundle.formats:
+        return kept
+    return answered(inputs, runner(bundle, "pt2"), bundle.signature.max_batch)
 
 
 def main() -> None:
@@ -58,7 +71,10 @@ def main() -> None:
     path, format = sys.argv[1:]
     try:
         bundle = read_bundle(path)
-        parity = sweep(runner(bundle, format), bundle.golden(), bundle.signature, bundle.tolerance)
+        compiled = bundle.manifest.get("aoti", {}) if format == "aoti" else {}
+        infer = runner(bundle, format, "cuda" if compiled.get("cuda_arch") else "cpu")
+        golden, signature = bundle.golden(), bundle.signature
+        parity = sweep(infer, golden, signature, bundle.tolerance, patterns=_patterns(bundle, format))
     except GpuopsError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None

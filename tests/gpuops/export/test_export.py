@@ -216,7 +216,7 @@ class TestSweep:
         parity = sweep(self.right, self.golden, self.signature, 0.0)
         assert parity.max_abs_diff == 0.0
         assert parity.batches == 5
-        assert len(parity.refused) == 5
+        assert len(parity.refused) == 6
 
     def test_a_model_wrong_at_one_batch_size_is_found(self) -> None:
         def wrong(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,206 @@
+"""Signed bundles: one Ed25519 signature over the name and sha256 of every file, as an in-toto statement in DSSE.
+
+    signature.dsse.json   {payloadType, payload: base64 of the statement, signatures: [{keyid, sig}]}
+
+The signature is made over PAE(payloadType, payload) (DSSE v1, secure-systems-lab/dsse/protocol.md), the statement is
+in-toto Statement v1. A key's id is the sha256 of its raw 32 bytes. Whoever can write a bundle can also remove its
+signature, so a verifier that trusts any key refuses a bundle without one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpuops.bundle import MANIFEST, file_sha256, read_bundle
+from gpuops.errors import InputError, IntegrityError, UnavailableError
+from gpuops.lineage.version import canonical_json
+
+SIGNATURE = "signature.dsse.json"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:gpuops:bundle:v1"
+TRUSTED = "GPUOPS_TRUSTED_KEYS"
+"""Environment variable with the public keys that are trusted, paths separated by ':'."""
+_ADVICE = "do not serve it; get the bundle from who signed it"
+
+
+def keygen(private: str | Path, public: str | Path) -> str:
+    """Make a key pair, PEM; returns its id.
+
+    Raises:
+        InputError: a file is there already.
+        UnavailableError: `cryptography` is not installed.
+    """
+    ed25519, serialization = _cryptography()
+    private, public = Path(private), Path(public)
+    for path in (private, public):
+        if path.exists():
+            raise InputError(f"{path} exists: a key is never overwritten; name another file")
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem, none = serialization.Encoding.PEM, serialization.NoEncryption()
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none)
+    descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(secret)
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return _key_id(key.public_key())
+
+
+def sign(bundle: str | Path, private: str | Path) -> Path:
+    """Sign a bundle, whose every byte is compared with its manifest first; returns the signature's file.
+
+    Raises:
+        InputError: no bundle, or no Ed25519 private key there.
+        IntegrityError: the bundle differs from its manifest.
+        UnavailableError: `cryptography` is not installed.
+    """
+    ed25519, serialization = _cryptography()
+    opened = read_bundle(bundle)
+    try:
+        key = serialization.load_pem_private_key(Path(private).read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{private} is not a private key ({error}): make one with `gpuops keygen`") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise InputError(f"{private} is not an Ed25519 key: make one with `gpuops keygen`")
+    digests = {**opened.manifest["files"], MANIFEST: file_sha256(opened.path / MANIFEST)}
+    statement = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(digests.items())],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {"version_id": opened.version_id, "run_id": opened.manifest["run_id"], "name": opened.name},
+    }
+    payload = canonical_json(statement)
+    signature = key.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
+    envelope = {
+        "payloadType": PAYLOAD_TYPE,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"keyid": _key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}],
+    }
+    file = opened.path / SIGNATURE
+    file.write_text(json.dumps(envelope, indent=1) + "\n")
+    return file
+
+
+def verify(bundle: str | Path, keys: Sequence[Path]) -> str:
+    """Id of the trusted key that signed a bundle, all of whose files are as signed.
+
+    Args:
+        bundle: Bundle directory.
+        keys: Public keys that are trusted.
+
+    Raises:
+        IntegrityError: not signed, not by one of them, or a file is missing, changed or added.
+        InputError: a key's file holds no Ed25519 public key.
+        UnavailableError: `cryptography` is not installed.
+    """
+    folder = Path(bundle)
+    key_id, digests = _signed(folder, keys)
+    _compare(folder, digests)
+    if missing := sorted(name for name in digests if not (folder / name).is_file()):
+        raise IntegrityError(f"{folder / missing[0]} is signed and missing: {_ADVICE}")
+    if added := sorted(p.name for p in folder.iterdir() if p.name not in (*digests, SIGNATURE)):
+        raise IntegrityError(f"{folder / added[0]} is not among what was signed: {_ADVICE}")
+    return key_id
+
+
+def verify_deployed(folder: Path, keys: Sequence[Path]) -> str:
+    """As `verify`, for a version folder of a repository, which holds some of a bundle's files and a server's own.
+
+    The manifest must be among the signed files; what is executable beside it the repository checks itself.
+    """
+    key_id, digests = _signed(folder, keys)
+    if not (folder / MANIFEST).is_file() or MANIFEST not in digests:
+        raise IntegrityError(f"{folder / MANIFEST} is missing or not signed: {_ADVICE}")
+    _compare(folder, digests)
+    return key_id
+
+
+def trusted_keys() -> list[Path]:
+    """Public keys that $GPUOPS_TRUSTED_KEYS names; empty accepts unsigned bundles."""
+    return [Path(part) for part in os.environ.get(TRUSTED, "").split(":") if part]
+
+
+def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
+    """What DSSE signs: PAE(type, body) = "DSSEv1" SP LEN(type) SP type SP LEN(body) SP body."""
+    kind = payload_type.encode()
+    return b" ".join([b"DSSEv1", str(len(kind)).encode(), kind, str(len(payload)).encode(), payload])
+
+
+def _compare(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        if (folder / name).is_file() and file_sha256(folder / name) != digest:
+            raise IntegrityError(f"{folder / name} differs from what was signed: {_ADVICE}")
+
+
+def _signed(folder: Path, keys: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """(key id, sha256 by file name) of a signature that one of the keys made."""
+    file = folder / SIGNATURE
+    if not file.is_file():
+        raise IntegrityError(f"{folder} is not signed and only signed bundles are trusted here: `gpuops sign` it")
+    try:
+        envelope = json.loads(file.read_text())
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        given = [base64.b64decode(entry["sig"], validate=True) for entry in envelope["signatures"]]
+        kind = envelope["payloadType"]
+    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+        raise IntegrityError(f"{file} is not a signature ({error}): {_ADVICE}") from error
+    if kind != PAYLOAD_TYPE:
+        raise IntegrityError(f"{file} signs a {kind!r}, not {PAYLOAD_TYPE!r}: {_ADVICE}")
+    message = pre_authentication_encoding(kind, payload)
+    for path in keys:
+        key = _public_key(path)
+        if any(_verifies(key, signature, message) for signature in given):
+            return _key_id(key), _subjects(file, payload)
+    raise IntegrityError(f"{file} was made by none of the trusted keys ({', '.join(map(str, keys))}): {_ADVICE}")
+
+
+def _subjects(file: Path, payload: bytes) -> dict[str, str]:
+    statement = json.loads(payload)
+    if (statement.get("_type"), statement.get("predicateType")) != (STATEMENT_TYPE, PREDICATE_TYPE):
+        raise IntegrityError(f"{file} signs another kind of statement: {_ADVICE}")
+    return {str(subject["name"]): str(subject["digest"]["sha256"]) for subject in statement["subject"]}
+
+
+def _verifies(key: Any, signature: bytes, message: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _public_key(path: Path) -> Any:
+    ed25519, serialization = _cryptography()
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a public key ({error}): name the one that `gpuops keygen` wrote") from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise InputError(f"{path} is not an Ed25519 key: name one that `gpuops keygen` wrote")
+    return key
+
+
+def _key_id(key: Any) -> str:
+    import hashlib
+
+    _, serialization = _cryptography()
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _cryptography() -> tuple[Any, Any]:
+    """The two modules used of `cryptography`, which is the extra `sign`."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise UnavailableError("cryptography is not installed: pip install 'gpuops[sign]'") from error
+    return ed25519, serialization
