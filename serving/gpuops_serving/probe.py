@@ -28,7 +28,7 @@ class Probe:
     """Time from request to answer, in milliseconds."""
 
 
-def probe(client: Client, model: str, golden: Golden, tolerance: float) -> Probe:
+def probe(client: Client, model: str, golden: Golden, tolerance: float, *, version: str = "") -> Probe:
     """Send the golden samples and compare the answers.
 
     Args:
@@ -36,13 +36,14 @@ def probe(client: Client, model: str, golden: Golden, tolerance: float) -> Probe
         model: Model name.
         golden: Samples and the training pipeline's answers.
         tolerance: Largest absolute difference that passes, in physical units.
+        version: Version number to ask; empty is the one the server chooses.
 
     Raises:
         InputError, UnavailableError: the server does not answer such a request.
         IntegrityError: it answers something else.
     """
     start = time.perf_counter()
-    answer = client.answer(model, golden.inputs)
+    answer = client.answer(model, golden.inputs, version)
     ms = (time.perf_counter() - start) * 1e3
     difference = golden.max_abs_diff(answer.outputs)
     if not difference <= tolerance:

@@ -1,11 +1,12 @@
 """Publish a bundle as a model version in a Triton model repository.
 
-    REPOSITORY/<name>/config.pbtxt     the pointer: which version is served, and its wire format
-    REPOSITORY/<name>/<version>/       immutable: model.py (the shim), model.onnx, golden.npz, manifest.json
+    REPOSITORY/<name>/config.pbtxt     the pointer: which versions are served, and their wire format
+    REPOSITORY/<name>/<version>/       immutable: model, golden.npz, manifest.json, signature; model.py is the shim
+    REPOSITORY/<name>/warmup/          first golden sample, for backends that Triton warms up
 
 A version folder is written under a temporary name and renamed; only then is config.pbtxt replaced, in one step, and it
-names the one version to serve. So whoever reads the repository sees the old version or the new one, never a mixture.
-Triton's stub leaves a `__pycache__` in a version folder; only the four files are ever read or copied.
+names the versions to serve: the new one and the one before it. So whoever reads the repository sees the old versions or
+the new ones, never a mixture. Triton's stub may leave a `__pycache__` in a version folder: only listed files are read.
 """
 
 from __future__ import annotations
@@ -15,39 +16,34 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 from gpuops.atomic import locked, new_directory
 from gpuops.bundle import GOLDEN, MANIFEST, Bundle, Golden, file_sha256, read_bundle
 from gpuops.errors import InputError, IntegrityError
-from gpuops.spec import Signature, TensorSpec
+from gpuops.signing import SIGNATURE, trusted_keys, verify, verify_deployed
+from gpuops.spec import Signature
+from gpuops_serving.config import (
+    BACKENDS,
+    CONFIG,
+    SAMPLE,
+    VERSION_ID,
+    WARMUP,
+    Options,
+    config_text,
+    model_config,
+    read_config,
+    served_version_ids,
+)
+from gpuops_serving.tuning import Tuning
 
-CONFIG = "config.pbtxt"
 SHIM = Path(__file__).with_name("shim") / "model.py"
-ONNX = "model.onnx"
-VERSION_ID = "gpuops.version_id"
-"""Model parameter that holds the bundle's version id."""
-SAMPLE = "gpuops.sample"
-"""Model parameter that holds the manifest's "sample" as JSON: how a client cuts a sample out of its arrays."""
-THREADS = "gpuops.threads"
-"""Model parameter that holds the number of onnxruntime threads of an instance."""
-
-TRITON_TYPES = {
-    "uint8": "TYPE_UINT8",
-    "int8": "TYPE_INT8",
-    "int16": "TYPE_INT16",
-    "uint16": "TYPE_UINT16",
-    "int32": "TYPE_INT32",
-    "float32": "TYPE_FP32",
-}
-"""Triton's name of each dtype that may cross the wire."""
+CANDIDATE = ".candidate"
+"""End of the name under which a version is tried before it is promoted (gpuops_serving.rollout)."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -66,11 +62,13 @@ class Deployment:
     """Version id of the bundle."""
     new: bool
     """False if the repository served exactly this already and nothing was written."""
+    kept: tuple[int, ...] = ()
+    """Versions before it that are served on, for who names them and for rolling back."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
-    """What a repository says about the version of a model that is to be served."""
+    """What a repository says about one version of a model that is to be served."""
 
     name: str
     """Model name."""
@@ -84,134 +82,185 @@ class ServedVersion:
     """Largest absolute difference that passes, in physical units."""
 
 
-def model_config(
-    name: str, version: int, signature: Signature, *, version_id: str, sample: Any, threads: int = 0
-) -> Any:
-    """Return the ModelConfig protobuf that serves `version` of a model through the shim.
-
-    Args:
-        name: Model name.
-        version: The one version to serve.
-        signature: What crosses the wire.
-        version_id: Version id of the bundle.
-        sample: The manifest's "sample", any JSON value.
-        threads: onnxruntime threads of an instance; 0 is one a core.
-
-    Raises:
-        InputError: the signature serves no batch at all.
-    """
-    if signature.max_batch < 1:
-        # 0 would mean "no batch axis" to Triton, and proto3 text would leave the field out.
-        raise InputError(f"model {name!r} has max_batch {signature.max_batch}: export it with at least 1")
-    config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=signature.max_batch)
-    for specs, field, message in (
-        (signature.inputs, config.input, model_config_pb2.ModelInput),
-        (signature.outputs, config.output, model_config_pb2.ModelOutput),
-    ):
-        field.extend(_tensor(spec, message) for spec in specs)
-    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
-    config.version_policy.specific.versions.append(version)
-    config.dynamic_batching.SetInParent()
-    parameters = {VERSION_ID: version_id, SAMPLE: json.dumps(sample, sort_keys=True), THREADS: str(threads)}
-    for key, value in parameters.items():
-        config.parameters[key].string_value = value
-    return config
-
-
-def _tensor(spec: TensorSpec, message: Any) -> Any:
-    return message(name=spec.name, data_type=TRITON_TYPES[spec.dtype], dims=spec.shape)
-
-
-def config_text(config: Any) -> str:
-    """Text of a ModelConfig protobuf, as config.pbtxt holds it."""
-    return str(text_format.MessageToString(config))
-
-
-def read_config(path: Path) -> Any:
-    """Parse a config.pbtxt to a ModelConfig protobuf; InputError says in which line it is wrong."""
-    try:
-        return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-    except text_format.ParseError as error:
-        raise InputError(f"{path} is not a model configuration ({error}): deploy the bundle again") from error
-
-
-def deploy(bundle_path: str | Path, repository: str | Path, *, name: str | None = None, threads: int = 0) -> Deployment:
+def deploy(
+    bundle_path: str | Path,
+    repository: str | Path,
+    *,
+    name: str | None = None,
+    options: Options | None = None,
+    tuning: Tuning | None = None,
+    plan: Path | None = None,
+    keys: Sequence[Path] | None = None,
+) -> Deployment:
     """Publish a bundle in a model repository as the next version of a model.
+
+    The version before stays served beside it if both take and answer the same tensors.
 
     Args:
         bundle_path: Bundle directory; every byte is compared with its manifest first.
         repository: Model repository; made if it is not there.
         name: Model name; by default the bundle's.
-        threads: onnxruntime threads of an instance; 0 is one a core.
+        options: How it is served.
+        tuning: The measurement that `options` came from, kept in the configuration.
+        plan: TensorRT engine, for that backend; a bundle holds none, as it belongs to one GPU and one TensorRT.
+        keys: Public keys of which one must have signed the bundle; by default those of $GPUOPS_TRUSTED_KEYS. None at
+            all accepts unsigned bundles.
 
     Returns:
-        The version that is now to be served. A running server takes it up when it is started again.
+        The version that is now to be served. A running server takes it up when it loads the model or starts again.
 
     Raises:
-        InputError: no bundle there, no ONNX model in it, or an unusable name.
-        IntegrityError: the bundle differs from its manifest; the repository is as it was.
+        InputError: no bundle there, not this format in it, or an unusable name.
+        IntegrityError: the bundle differs from its manifest or no trusted key signed it; the repository is as it was.
     """
     bundle = read_bundle(bundle_path)
-    bundle.model_file("onnx")  # an error that names the formats there are
     name = bundle.name if name is None else name
+    if name.endswith(CANDIDATE):
+        raise InputError(f"model name {name!r}: {CANDIDATE!r} at the end is for versions on trial; name another")
+    return publish(bundle, Path(repository), name, options or Options(), tuning=tuning, plan=plan, keys=keys)
+
+
+def publish(
+    bundle: Bundle,
+    repository: Path,
+    name: str,
+    options: Options,
+    *,
+    number: int | None = None,
+    tuning: Tuning | None = None,
+    plan: Path | None = None,
+    keys: Sequence[Path] | None = None,
+) -> Deployment:
+    """As `deploy`, for an open bundle and, with `number`, as that very version."""
     if not _NAME.fullmatch(name):
         raise InputError(f"model name {name!r}: use letters, digits, '_', '-' and '.' (it is put in URLs)")
-    repository = Path(repository)
+    if trusted := trusted_keys() if keys is None else keys:
+        verify(bundle.path, trusted)
+    files = _files(bundle, options, plan)
     repository.mkdir(parents=True, exist_ok=True)
     model = repository / name
-
-    def pointer(version: int) -> str:
-        sample = bundle.manifest["sample"]
-        return config_text(
-            model_config(name, version, bundle.signature, version_id=bundle.version_id, sample=sample, threads=threads)
-        )
-
     with locked(repository):  # one deployment at a time chooses a version number
-        newest = max(_versions(model), default=0)
-        folder = model / str(newest)
-        if newest and _is_served(model, pointer(newest)) and _holds(folder, bundle):
-            return Deployment(name, newest, folder, bundle.version_id, new=False)
-        version = newest + 1
+        versions = versions_in(model)
+        newest = max(versions, default=0)
+        if (
+            newest
+            and number in (None, newest)
+            and _names(model, newest, options, tuning)
+            and _holds(model / str(newest), files, bundle)
+        ):
+            before = sorted(served_version_ids(read_config(model / CONFIG)).keys() - {newest})
+            folder = model / str(newest)
+            return Deployment(name, newest, folder, bundle.version_id, new=False, kept=tuple(before))
+        version = newest + 1 if number is None else number
         folder = model / str(version)
-        if newest:
-            with new_directory(folder, overwrite=False) as temporary:
-                _fill(temporary, bundle)
-            _replace_text(model / CONFIG, pointer(version))
+        kept = _kept(model, version, bundle, files)
+        if model.is_dir():
+            with new_directory(folder, overwrite=number is not None) as temporary:
+                _fill(temporary, files)
+            point(model, [*kept, version], options, tuning)
         else:
             with _staged(model) as temporary:
                 (temporary / str(version)).mkdir()
-                _fill(temporary / str(version), bundle)
-                (temporary / CONFIG).write_text(pointer(version))
-    return Deployment(name, version, folder, bundle.version_id, new=True)
+                _fill(temporary / str(version), files)
+                point(temporary, [version], options, tuning, name=name)
+    return Deployment(name, version, folder, bundle.version_id, new=True, kept=tuple(kept))
 
 
-def served_versions(repository: str | Path) -> list[ServedVersion]:
-    """What a repository asks a server to serve, by model name.
+def point(
+    model: Path, versions: Sequence[int], options: Options, tuning: Tuning | None = None, *, name: str | None = None
+) -> None:
+    """Replace a model's configuration, in one step, by one that serves these of its versions, the highest by default.
+
+    Args:
+        model: The model's folder in the repository.
+        versions: Version numbers whose folders are there.
+        options: How they are served.
+        tuning: The measurement behind `options`.
+        name: Model name; the folder's if None.
+    """
+    write_text(model / CONFIG, _pointer(model, versions, options, tuning, name or model.name, write=True))
+
+
+def withdraw(model: Path, version: int) -> list[int]:
+    """Serve a model without one of its versions; returns those that are served on.
+
+    Raises:
+        InputError: no other version is there to fall back on.
+    """
+    config = read_config(model / CONFIG)
+    left = [number for number in served_version_ids(config) if number != version] or [
+        number for number in versions_in(model) if number < version
+    ][-1:]
+    if not left:
+        raise InputError(
+            f"{model} has no version but {version} to fall back on: deploy another bundle, or stop serving"
+        )
+    manifest = _manifest(model / str(max(left)))
+    for key in [key for key in config.parameters if key.startswith(f"{VERSION_ID}.")]:
+        del config.parameters[key]
+    for number in left:
+        config.parameters[f"{VERSION_ID}.{number}"].string_value = _manifest(model / str(number))["version_id"]
+    config.parameters[VERSION_ID].string_value = manifest["version_id"]
+    config.parameters[SAMPLE].string_value = json.dumps(manifest["sample"], sort_keys=True)
+    config.version_policy.specific.versions[:] = sorted(left)
+    write_text(model / CONFIG, config_text(config))
+    return sorted(left)
+
+
+def served_versions(repository: str | Path, *, keys: Sequence[Path] | None = None) -> list[ServedVersion]:
+    """What a repository asks a server to serve, by model name and version; versions on trial are left out.
+
+    Args:
+        repository: Model repository.
+        keys: Public keys of which one must have signed each version; by default those of $GPUOPS_TRUSTED_KEYS.
 
     Raises:
         InputError: no repository there, nothing deployed in it, or a model that `deploy` did not write.
-        IntegrityError: a version's manifest has another version id than the model's configuration.
+        IntegrityError: a version's manifest has another version id than the model's configuration, or no trusted
+            signature.
     """
     repository = Path(repository)
     if not repository.is_dir():
         raise InputError(f"{repository} is not a model repository: make one with `gpuops deploy BUNDLE {repository}`")
-    served = [_served(folder) for folder in sorted(repository.iterdir()) if folder.is_dir()]
-    if not served:
+    trusted = trusted_keys() if keys is None else keys
+    models = [folder for folder in sorted(repository.iterdir()) if folder.is_dir() and folder.suffix != CANDIDATE]
+    if not models:
         raise InputError(f"{repository} holds no model: put one there with `gpuops deploy BUNDLE {repository}`")
-    return served
+    return [served for model in models for served in served_versions_of(model, trusted)]
 
 
-def _served(model: Path) -> ServedVersion:
-    config = read_config(model / CONFIG) if (model / CONFIG).is_file() else model_config_pb2.ModelConfig()
-    versions = list(config.version_policy.specific.versions)
-    if VERSION_ID not in config.parameters or len(versions) != 1:
+def served_versions_of(model: Path, keys: Sequence[Path] = ()) -> list[ServedVersion]:
+    """As `served_versions`, for one model's folder."""
+    found = served_version_ids(read_config(model / CONFIG)) if (model / CONFIG).is_file() else {}
+    if not found:
         raise InputError(
             f"{model} was not written by `gpuops deploy`, so nothing proves its answers: move it to another repository"
         )
-    folder = model / str(versions[0])
-    version_id = config.parameters[VERSION_ID].string_value
+    return [_served(model, number, version_id, keys) for number, version_id in sorted(found.items())]
+
+
+def versions_in(model: Path) -> list[int]:
+    """Version numbers in a model's folder, ascending; empty if there is none."""
+    return sorted(int(p.name) for p in model.iterdir() if p.name.isdigit()) if model.is_dir() else []
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step; on a full disk the file is as it was."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _served(model: Path, number: int, version_id: str, keys: Sequence[Path]) -> ServedVersion:
+    folder = model / str(number)
+    manifest = _manifest(folder)
+    try:
         seal, tolerance, found = manifest["files"][GOLDEN], float(manifest["tolerance"]), manifest["version_id"]
         if file_sha256(folder / GOLDEN) != seal:
             raise IntegrityError(f"{folder / GOLDEN} differs from its manifest: deploy its bundle again")
@@ -219,48 +268,107 @@ def _served(model: Path) -> ServedVersion:
         raise IntegrityError(f"{folder} is incomplete ({error}): deploy its bundle again") from error
     if found != version_id:
         raise IntegrityError(f"{folder} holds another version id than {model / CONFIG}: deploy its bundle again")
-    golden = Golden.load(folder / GOLDEN)
-    return ServedVersion(model.name, versions[0], version_id, golden, tolerance)
+    if keys:
+        verify_deployed(folder, keys)
+        if (folder / SHIM.name).is_file() and file_sha256(folder / SHIM.name) != file_sha256(SHIM):
+            raise IntegrityError(f"{folder / SHIM.name} is not this gpuops' shim, and it is code: deploy again")
+    return ServedVersion(model.name, number, version_id, Golden.load(folder / GOLDEN), tolerance)
 
 
-def _versions(model: Path) -> list[int]:
-    """Version numbers in a model's folder; empty if there is none."""
-    return [int(p.name) for p in model.iterdir() if p.name.isdigit()] if model.is_dir() else []
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder} is incomplete ({error}): deploy its bundle again") from error
+    return manifest
 
 
-def _is_served(model: Path, text: str) -> bool:
-    return (model / CONFIG).is_file() and (model / CONFIG).read_text() == text
+def _pointer(
+    model: Path, versions: Sequence[int], options: Options, tuning: Tuning | None, name: str, *, write: bool
+) -> str:
+    """Text of the configuration that serves some versions; writes the warm-up data that it names if asked to."""
+    manifests = {number: _manifest(model / str(number)) for number in versions}
+    newest = manifests[max(versions)]
+    signature = Signature.from_json(newest["signature"])
+    warmup = None
+    if not options.runs_shim:
+        warmup = {spec.name: f"{newest['version_id'][:16]}-{spec.name}" for spec in signature.inputs}
+        if write:
+            golden = Golden.load(model / str(max(versions)) / GOLDEN)
+            (model / WARMUP).mkdir(exist_ok=True)
+            for tensor, file in warmup.items():
+                (model / WARMUP / file).write_bytes(golden.inputs[tensor][:1].tobytes())
+    config = model_config(
+        name,
+        {number: manifest["version_id"] for number, manifest in manifests.items()},
+        signature,
+        sample=newest["sample"],
+        options=options,
+        warmup=warmup,
+        tuning=None if tuning is None else tuning.to_json(),
+    )
+    return config_text(config)
 
 
-def _holds(folder: Path, bundle: Bundle) -> bool:
+def _names(model: Path, newest: int, options: Options, tuning: Tuning | None) -> bool:
+    """Whether the configuration there is the one that would be written for the newest version."""
+    if not (model / CONFIG).is_file():
+        return False
+    try:
+        text = (model / CONFIG).read_text()
+        served = served_version_ids(read_config(model / CONFIG))
+        return newest in served and text == _pointer(model, list(served), options, tuning, model.name, write=False)
+    except (IntegrityError, KeyError):
+        return False
+
+
+def _kept(model: Path, version: int, bundle: Bundle, files: Mapping[str, Path]) -> list[int]:
+    """The version before, if one configuration can describe both."""
+    if not (model / CONFIG).is_file():
+        return []
+    served = [number for number in served_version_ids(read_config(model / CONFIG)) if number < version]
+    if not served:
+        return []
+    before = model / str(max(served))
+    same = _manifest(before).get("signature") == bundle.manifest["signature"]
+    runs = all((before / file).is_file() for file in files if file != SIGNATURE)
+    return [max(served)] if same and runs else []
+
+
+def _files(bundle: Bundle, options: Options, plan: Path | None) -> dict[str, Path]:
+    """Where each file of a version folder comes from."""
+    how = BACKENDS[options.backend]
+    if how.format is None and (plan is None or not plan.is_file()):
+        raise InputError(f"backend {options.backend} needs an engine for this GPU: build it (trtexec), give it as plan")
+    model = plan if how.format is None else bundle.model_file(how.format)
+    assert model is not None
+    files = {how.file: model, GOLDEN: bundle.path / GOLDEN, MANIFEST: bundle.path / MANIFEST}
+    if (bundle.path / SIGNATURE).is_file():
+        files[SIGNATURE] = bundle.path / SIGNATURE
+    if options.runs_shim:
+        files[SHIM.name] = SHIM
+    return files
+
+
+def _holds(folder: Path, files: Mapping[str, Path], bundle: Bundle) -> bool:
     """Whether a version folder is what `_fill` would write (a re-export may differ in its manifest alone)."""
-    digests = {**_digests(bundle), "model.py": file_sha256(SHIM)}
-    return (folder / MANIFEST).is_file() and all(
-        (folder / file).is_file() and file_sha256(folder / file) == digest for file, digest in digests.items()
+    if not (folder / MANIFEST).is_file() or _manifest(folder).get("version_id") != bundle.version_id:
+        return False
+    return all(
+        (folder / file).is_file() and file_sha256(folder / file) == file_sha256(source)
+        for file, source in files.items()
+        if file not in (MANIFEST, SIGNATURE)
     )
 
 
-def _digests(bundle: Bundle) -> dict[str, str]:
-    return {file: str(bundle.manifest["files"][file]) for file in (ONNX, GOLDEN)}
-
-
-def _fill(folder: Path, bundle: Bundle) -> None:
+def _fill(folder: Path, files: Mapping[str, Path]) -> None:
     """Copy what a version needs, and compare the copies with the manifest."""
-    shutil.copyfile(SHIM, folder / "model.py")
-    for file in (ONNX, GOLDEN, MANIFEST):
-        shutil.copyfile(bundle.path / file, folder / file)
-    for file, digest in _digests(bundle).items():
-        if file_sha256(folder / file) != digest:
-            raise IntegrityError(f"{bundle.path / file} changed while it was copied: deploy a bundle at rest")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    for file, source in files.items():
+        shutil.copyfile(source, folder / file)
+    seals = _manifest(folder)["files"]
+    for file, source in files.items():
+        if source.name in seals and file_sha256(folder / file) != seals[source.name]:
+            raise IntegrityError(f"{source} changed while it was copied: deploy a bundle at rest")
 
 
 @contextmanager

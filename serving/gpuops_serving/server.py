@@ -12,18 +12,18 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from gpuops.errors import GpuopsError, InputError, IntegrityError, UnavailableError
 from gpuops_serving.binary import environment_for, find_tritonserver, lay_out_backends
 from gpuops_serving.client import Client
+from gpuops_serving.command import HOST, ServerTls, control_flags
 from gpuops_serving.probe import probe
 from gpuops_serving.repository import ServedVersion, served_versions
 
-HOST = "127.0.0.1"
 STOP_TIMEOUT_S = 40.0
 """Longest wait for a server to end by itself; it may itself wait 30 s for open connections."""
 REFUSAL = "gpuops refuses to serve"
@@ -40,7 +40,7 @@ class TritonServer:
     """A tritonserver of our own on loopback, serving one repository.
 
     As a context manager it is started, proved and stopped. `start` returns only when every model's golden request has
-    been answered rightly over HTTP and gRPC by this very process.
+    been answered rightly over HTTP and gRPC by this very process, once a version.
 
     Args:
         repository: Model repository that `deploy` wrote.
@@ -50,6 +50,10 @@ class TritonServer:
         tritonserver: Binary, or folder the wheel was unpacked in; see `find_tritonserver`.
         log: File for the server's log; by default a temporary one, shown where an error needs it.
         start_timeout_s: Longest wait for the golden answers, in seconds.
+        control: Let who has `access` load and unload models while it runs, as a rollout needs; that is running code.
+        tls: TLS on the gRPC port.
+        client: What a client needs besides the URL to reach it, such as its own `tls`; for the proof at start.
+        flags: More flags of tritonserver, such as a trace configuration.
     """
 
     def __init__(
@@ -62,6 +66,10 @@ class TritonServer:
         tritonserver: Path | None = None,
         log: Path | None = None,
         start_timeout_s: float = 120.0,
+        control: bool = False,
+        tls: ServerTls | None = None,
+        client: Mapping[str, Any] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self._repository = Path(repository).absolute()
         self._wanted_ports = dict(zip(_FLAGS, (http_port, grpc_port, metrics_port), strict=True))
@@ -69,6 +77,10 @@ class TritonServer:
         self._tritonserver = tritonserver
         self._log = log
         self._start_timeout_s = start_timeout_s
+        self._access = ("gpuops-control", secrets.token_hex(16)) if control else None
+        self._tls = tls
+        self._client = dict(client or {})
+        self._flags = list(flags)
         self._id = f"gpuops-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
@@ -90,12 +102,18 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """For `Client`."""
-        return f"grpc://{HOST}:{self._port('--grpc-port')}"
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return f"{scheme}://{HOST}:{self._port('--grpc-port')}"
 
     @property
     def metrics_url(self) -> str:
         """For Prometheus."""
         return f"http://{HOST}:{self._port('--metrics-port')}/metrics"
+
+    @property
+    def access(self) -> tuple[str, str] | None:
+        """(name, secret) of the key to load and unload models, for `Client(access=...)`; None without `control`."""
+        return self._access
 
     @property
     def version(self) -> str:
@@ -128,7 +146,7 @@ class TritonServer:
         self._ports = _choose_ports(self._wanted_ports)
         self._scratch = Path(tempfile.mkdtemp(prefix=f"{self._id}-"))
         try:
-            self._launch(binary, environment)
+            self._launch(binary, environment, sorted({model.name for model in wanted}))
             self._prove(wanted)
         except BaseException:
             self.stop()
@@ -157,7 +175,7 @@ class TritonServer:
             time.sleep(0.1)
             self._check_alive()
 
-    def _launch(self, binary: Path, environment: dict[str, str]) -> None:
+    def _launch(self, binary: Path, environment: dict[str, str], models: Sequence[str]) -> None:
         assert self._scratch is not None
         command = [
             str(binary),
@@ -165,12 +183,16 @@ class TritonServer:
             f"--model-repository={self._repository}",
             f"--backend-directory={lay_out_backends(binary, self._scratch)}",
             f"--backend-config=python,shm-region-prefix-name={self._id}",
-            "--model-control-mode=none",  # "explicit" lets a client upload code
+            *control_flags(models, self._access),
             "--disable-auto-complete-config",  # `deploy` writes all of it
             *(f"{flag}={port}" for flag, port in self._ports.items()),
             *(f"--{endpoint}-address={HOST}" for endpoint in ("http", "grpc", "metrics")),
             f"--allow-gpu-metrics={str(Path('/dev/nvidiactl').exists()).lower()}",
+            *([] if self._tls is None else self._tls.flags()),
+            *self._flags,
         ]
+        # Else the stub leaves its bytecode in the repository, where only what was deployed may lie.
+        environment = {**environment, "PYTHONPYCACHEPREFIX": str(self._scratch / "bytecode")}
         with self._open_log() as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -199,17 +221,19 @@ class TritonServer:
             raise _Cancelled("tritonserver was asked to stop before it was ready")
         if not all(_accepts(port) for port in self._ports.values()):
             return False
-        with Client(url, timeout_s=max(1.0, self._start_timeout_s / 4)) as client:
+        tls = {} if url.startswith("http:") else self._client
+        with Client(url, timeout_s=max(1.0, self._start_timeout_s / 4), **tls) as client:
             try:
                 if client.server_id() != self._id:
                     raise UnavailableError(f"another server took {url} first: start again, or name another port")
                 for model in wanted:
-                    if client.version_id(model.name) != model.version_id:
+                    version = str(model.version)
+                    if client.version_id(model.name, version) != model.version_id:
                         raise IntegrityError(
                             f"{url} serves another version id of {model.name!r} than {self._repository} holds"
                         )
-                    found = probe(client, model.name, model.golden, model.tolerance)
-                    if found.version != str(model.version):
+                    found = probe(client, model.name, model.golden, model.tolerance, version=version)
+                    if found.version != version:
                         raise IntegrityError(
                             f"{url} answers {model.name!r} with version {found.version}, not {model.version}"
                         )

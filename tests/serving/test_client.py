@@ -82,7 +82,7 @@ def test_a_plain_triton_client_gets_an_error_for_other_batch_sizes(url: str, siz
     ("model", "inputs", "version", "says"),
     [
         ("tiny", {"a": A.astype(np.float32), "m": M}, "", r"'a' data-type is 'FP32'.*takes a uint8 \[n, 3, 8, 8\]"),
-        ("tiny", {"a": A.astype(np.float64), "m": M}, "", "'a' is float64"),
+        ("tiny", {"a": A.astype(np.float64), "m": M}, "", "'a' data-type is 'FP64'"),
         ("tiny", {"a": A, "m": M.astype(">i4")}, "", "'m' is >i4"),
         ("tiny", {"a": A[:, :, :4], "m": M}, "", r"unexpected shape for input 'a'.*takes a uint8 \[n, 3, 8, 8\]"),
         ("tiny", {"a": A[:, 0], "m": M}, "", "unexpected shape for input 'a'"),

@@ -10,7 +10,8 @@ from tiny_bundle import SAMPLE, SIGNATURE, make_bundle
 from gpuops.errors import InputError, IntegrityError
 from gpuops.spec import Signature, TensorSpec
 from gpuops_serving import repository as room
-from gpuops_serving.repository import deploy, model_config, read_config, served_versions
+from gpuops_serving.config import Options, config_text, model_config, read_config
+from gpuops_serving.repository import deploy, served_versions
 
 CONFIG = """\
 name: "tiny"
@@ -46,6 +47,12 @@ instance_group {
 dynamic_batching {
 }
 parameters {
+  key: "gpuops.format"
+  value {
+    string_value: "onnx"
+  }
+}
+parameters {
   key: "gpuops.sample"
   value {
     string_value: "{\\"dims\\": [\\"tile\\", \\"y\\", \\"x\\"], \\"window\\": 3}"
@@ -63,6 +70,12 @@ parameters {
     string_value: "abc"
   }
 }
+parameters {
+  key: "gpuops.version_id.3"
+  value {
+    string_value: "abc"
+  }
+}
 backend: "python"
 """
 
@@ -72,15 +85,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_config_text_is_the_golden_one_and_parses_back(tmp_path: Path) -> None:
-    config = model_config("tiny", 3, SIGNATURE, version_id="abc", sample=SAMPLE, threads=2)
-    assert room.config_text(config) == CONFIG
+    config = model_config("tiny", {3: "abc"}, SIGNATURE, sample=SAMPLE, options=Options(threads=2))
+    assert config_text(config) == CONFIG
     (tmp_path / "config.pbtxt").write_text(CONFIG)
     assert read_config(tmp_path / "config.pbtxt") == config
 
 
 def test_every_dtype_that_may_cross_the_wire_has_a_triton_type() -> None:
     specs = tuple(TensorSpec(dtype, dtype, (1,)) for dtype in ("uint8", "int8", "int16", "uint16", "int32", "float32"))
-    config = model_config("all", 1, Signature(specs, specs[-1:]), version_id="", sample=None)
+    config = model_config("all", {1: ""}, Signature(specs, specs[-1:]), sample=None)
     values = type(config).DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
     names = [values.values_by_number[tensor.data_type].name for tensor in config.input]
     assert names == ["TYPE_UINT8", "TYPE_INT8", "TYPE_INT16", "TYPE_UINT16", "TYPE_INT32", "TYPE_FP32"]
@@ -94,7 +107,7 @@ def test_a_typing_error_in_a_config_is_found_with_its_line(tmp_path: Path) -> No
 
 def test_a_model_without_a_batch_is_refused() -> None:
     with pytest.raises(InputError, match="max_batch 0"):
-        model_config("x", 1, Signature(SIGNATURE.inputs, SIGNATURE.outputs, 0), version_id="", sample=None)
+        model_config("x", {1: ""}, Signature(SIGNATURE.inputs, SIGNATURE.outputs, 0), sample=None)
 
 
 def test_deploy_writes_a_version_that_proves_itself(tmp_path: Path) -> None:
@@ -135,7 +148,8 @@ def test_another_version_id_becomes_the_next_version(tmp_path: Path) -> None:
     assert (second.version, second.new) == (2, True)
     assert tree(first.path) == before
     config = read_config(repository / "tiny" / "config.pbtxt")
-    assert list(config.version_policy.specific.versions) == [2]
+    assert list(config.version_policy.specific.versions) == [1, 2]  # the one before answers who names it
+    assert second.kept == (1,)
     assert config.parameters["gpuops.version_id"].string_value == "2" * 64
     assert deploy(tmp_path / "one", repository).version == 3  # going back is a version of its own
 
@@ -213,12 +227,12 @@ def test_readers_see_whole_versions_while_several_deploy(tmp_path: Path) -> None
         writer.start()
     seen = []
     while any(writer.is_alive() for writer in writers):
-        (served,) = served_versions(repository)  # raises if a version and its configuration disagree
-        seen.append(served.version)
+        served = served_versions(repository)  # raises if a version and its configuration disagree
+        seen.append(served[-1].version)
     for writer in writers:
         writer.join()
     assert seen == sorted(seen)
-    assert served_versions(repository)[0].version == count
+    assert [served.version for served in served_versions(repository)] == [count - 1, count]
     assert sorted(p.name for p in (repository / "tiny").iterdir()) == [*map(str, range(1, count + 1)), "config.pbtxt"]
 
 

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from tiny_bundle import deployed, make_bundle
+from tiny_bundle import deployed, golden, make_bundle
 
 from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops_serving import binary as binary_room
@@ -120,8 +120,9 @@ def test_the_second_version_is_served_after_a_restart(tmp_path: Path) -> None:
     repository = deployed(tmp_path)
     deploy(make_bundle(tmp_path / "two", version_id="2" * 64, gain=0.25), repository)
     with TritonServer(repository) as server, Client(server.http_url) as client:
-        assert [(m.version, m.state) for m in client.models()] == [("2", "READY")]
+        assert [(m.version, m.state) for m in client.models()] == [("1", "READY"), ("2", "READY")]
         assert client.version_id("tiny") == "2" * 64
+        assert [client.answer("tiny", golden().inputs, version).version for version in ("", "1")] == ["2", "1"]
 
 
 @pytest.mark.parametrize("flag", ["http", "grpc", "metrics"])

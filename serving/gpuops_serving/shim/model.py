@@ -1,7 +1,7 @@
-"""Serve an exported ONNX graph from Triton's python backend.
+"""Serve an exported graph from Triton's python backend.
 
 This file is copied into every version folder and runs inside the server's stub process: standard library, numpy,
-onnxruntime and Triton's own module, nothing of gpuops.
+Triton's own module and the one runtime that its format needs (onnxruntime, or torch), nothing of gpuops.
 
 Under NumPy 2, `Tensor.as_numpy()` and `Tensor(name, array)` of the python backend are silently wrong (every element is
 the first one; an empty answer with HTTP 200). So arrays go in and out through DLPack only, and `initialize` proves that
@@ -11,12 +11,12 @@ this works here, and that the model still gives its golden answers, before a sin
 import ctypes
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import triton_python_backend_utils as triton
 
 _set_destructor = ctypes.pythonapi.PyCapsule_SetDestructor
@@ -24,6 +24,8 @@ _set_destructor.argtypes = [ctypes.py_object, ctypes.c_void_p]
 _set_destructor.restype = ctypes.c_int
 
 Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+FILES = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model_aoti.pt2"}
 
 
 class _Exported:
@@ -55,6 +57,43 @@ def from_triton(tensor: Any) -> Array:
     return np.from_dlpack(tensor)
 
 
+def open_onnx(path: Path, names: list[str], threads: int, gpu: bool) -> Callable[[Arrays], list[Array]]:
+    """An ONNX graph as a function from inputs by name to its outputs `names`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # A thread that spins while it waits takes the core from the server, which has the next request.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu else ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if gpu and session.get_providers()[0] != providers[0]:
+        refuse("onnxruntime has no CUDA here, the configuration asks for a GPU")
+    return lambda inputs: session.run(names, inputs)
+
+
+def open_torch(path: Path, names: list[str], threads: int, gpu: bool) -> Callable[[Arrays], list[Array]]:
+    """An exported program (.pt2) or an AOTInductor package as a function; `names` are its inputs in their order."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if gpu else "cpu"
+    if path.name == FILES["aoti"]:
+        from torch._inductor import aoti_load_package
+
+        module: Any = aoti_load_package(str(path))
+    else:
+        module = torch.export.load(path).module().to(device)
+
+    def run(inputs: Arrays) -> list[Array]:
+        with torch.inference_mode():
+            answers = module(*(torch.from_numpy(inputs[name]).to(device) for name in names))
+        return [answer.cpu().numpy() for answer in answers]
+
+    return run
+
+
 class TritonPythonModel:
     """One instance of one version."""
 
@@ -67,22 +106,34 @@ class TritonPythonModel:
         self.max_batch = int(config["max_batch_size"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         manifest = json.loads((folder / "manifest.json").read_text())
-        self.check_bytes(folder, manifest, parameters["gpuops.version_id"])
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(parameters["gpuops.threads"])
-        self.session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        version_id = parameters[f"gpuops.version_id.{args['model_version']}"]
+        file = FILES[parameters["gpuops.format"]]
+        self.check_bytes(folder, file, manifest, version_id)
+        threads, gpu = int(parameters["gpuops.threads"]), args["model_instance_kind"] == "GPU"
+        if file == FILES["onnx"]:
+            self.graph = open_onnx(folder / file, self.outputs, threads, gpu)
+        else:
+            self.graph = open_torch(folder / file, self.inputs, threads, gpu)
+        self.parameters = response_parameters(version_id)
         self.check_dlpack()
-        self.check_golden(folder / "golden.npz", float(manifest["tolerance"]))
+        with np.load(folder / "golden.npz") as golden:
+            self.golden = {key: golden[key] for key in golden.files}
+        self.tolerance = float(manifest["tolerance"])
+        for size in sorted({1, self.max_batch}):  # also warms up what is allocated at a first run
+            if wrong := self.differs_from_golden(size):
+                refuse(wrong)
 
-    def check_bytes(self, folder: Path, manifest: dict[str, Any], version_id: str) -> None:
+    def is_ready(self) -> bool:
+        """Answer a golden sample; asked by servers from 26.03 (2.67) on."""
+        return not self.differs_from_golden(1)
+
+    def check_bytes(self, folder: Path, file: str, manifest: dict[str, Any], version_id: str) -> None:
         """Compare what lies here with its manifest."""
         if manifest["version_id"] != version_id:
             refuse(f"{folder} holds version id {manifest['version_id']}, config.pbtxt says {version_id}")
-        for file in ("model.onnx", "golden.npz"):
-            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != manifest["files"][file]:
-                refuse(f"{folder / file} differs from its manifest")
+        for name in (file, "golden.npz"):
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != manifest["files"][name]:
+                refuse(f"{folder / name} differs from its manifest")
 
     def check_dlpack(self) -> None:
         """Send a known array through the backend and back."""
@@ -91,25 +142,26 @@ class TritonPythonModel:
             if not np.array_equal(from_triton(to_triton("known", known)), known):
                 refuse(f"the DLPack round trip of {known.dtype} is broken with NumPy {np.__version__}")
 
-    def check_golden(self, path: Path, tolerance: float) -> None:
-        """Answer the first golden sample as if it were a request."""
-        with np.load(path) as golden:
-            inputs = {name: from_triton(to_triton(name, golden[f"input/{name}"][:1])) for name in self.inputs}
-            wanted = {name: golden[f"output/{name}"][:1] for name in self.outputs}
+    def differs_from_golden(self, size: int) -> str:
+        """Answer golden samples as if they were a request of `size`; what is wrong with the answer, or nothing."""
+        rows = np.arange(size) % len(next(iter(self.golden.values())))
+        inputs = {name: from_triton(to_triton(name, self.golden[f"input/{name}"][rows])) for name in self.inputs}
         for name, answer in self.run(inputs).items():
-            if answer.dtype != np.float32 or answer.shape != wanted[name].shape:
-                refuse(f"output {name} is {answer.dtype} {answer.shape}, its golden answer {wanted[name].shape}")
-            if not np.allclose(answer, wanted[name], rtol=0.0, atol=tolerance, equal_nan=True):
-                worst = np.abs(answer.astype(np.float64) - wanted[name]).max()
-                refuse(f"output {name} differs from its golden answer by {worst:g}, tolerance {tolerance:g}")
+            wanted = self.golden[f"output/{name}"][rows]
+            if answer.dtype != np.float32 or answer.shape != wanted.shape:
+                return f"output {name} is {answer.dtype} {answer.shape}, its golden answer {wanted.shape}"
+            if not np.allclose(answer, wanted, rtol=0.0, atol=self.tolerance, equal_nan=True):
+                worst = np.abs(answer.astype(np.float64) - wanted).max()
+                return f"output {name} differs from its golden answer by {worst:g}, tolerance {self.tolerance:g}"
+        return ""
 
-    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Arrays) -> Arrays:
         """Answer one batch of arrays by input name."""
-        return dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+        return dict(zip(self.outputs, self.graph(inputs), strict=True))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests of one dynamic batch with one run of the graph."""
-        batches: list[tuple[int, dict[str, Array]]] = []
+        batches: list[tuple[int, Arrays]] = []
         sizes: list[int] = []
         responses: list[Any] = [None] * len(requests)
         for place, request in enumerate(requests):
@@ -139,9 +191,19 @@ class TritonPythonModel:
         start = 0
         for (place, _), size in zip(batches, sizes, strict=True):
             parts = [to_triton(name, answers[name][start : start + size]) for name in self.outputs]
-            responses[place] = triton.InferenceResponse(parts)
+            responses[place] = triton.InferenceResponse(parts, **self.parameters)
             start += size
         return responses
+
+
+def response_parameters(version_id: str) -> dict[str, Any]:
+    """What a response carries beside its tensors: its version id, where the server has that (25.02, 2.55)."""
+    carried = {"parameters": {"gpuops.version_id": version_id}}
+    try:
+        triton.InferenceResponse([], **carried)
+    except TypeError:
+        return {}
+    return carried
 
 
 def failed(message: str) -> Any:
