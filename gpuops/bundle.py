@@ -29,8 +29,13 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 PATTERNS = "patterns.npz"
-FORMAT_FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "aoti": "model_aoti.pt2"}
+FORMAT_FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "aoti": "model_aoti.pt2", "int8": "model_int8.onnx"}
 """File of each format. A .pt2 file's stem is the root of its archive: renaming it changes its bytes."""
+
+
+RTOL = {"float32": 1e-5}
+"""What an answer may differ by, as a share of its size and on top of the bundle's tolerance, by the output's dtype:
+about 84 roundings of float32, which is what sums of some thousand terms in another order come to. 0 for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,16 @@ class Golden:
             difference[np.isnan(got) & np.isnan(want)] = 0.0
             worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
         return worst
+
+    def agrees(self, outputs: Arrays, tolerance: float) -> bool:
+        """Whether `outputs` differ by at most `tolerance` + `RTOL` x |answer|, and are NaN where these answers are."""
+        for name, want in self.outputs.items():
+            got = outputs.get(name)
+            if got is None or got.shape != want.shape:
+                return False
+            if not np.allclose(got, want, rtol=RTOL.get(want.dtype.name, 0.0), atol=tolerance, equal_nan=True):
+                return False
+        return True
 
     def save(self, path: Path) -> None:
         """Write as npz, with keys `input/<name>` and `output/<name>`."""
@@ -112,6 +127,10 @@ class Bundle:
         """Largest absolute difference from the golden answers that passes, in physical units."""
         return float(self.manifest["tolerance"])
 
+    def tolerance_of(self, format: str) -> float:
+        """As `tolerance`, for the answers of one format: int8 has its own."""
+        return float(self.manifest["int8"]["tolerance"]) if format == "int8" else self.tolerance
+
     @property
     def formats(self) -> tuple[str, ...]:
         """Formats present, as in `FORMAT_FILES`."""
@@ -144,9 +163,9 @@ def write_manifest(directory: Path, document: Mapping[str, Any]) -> dict[str, An
     """Seal the files of `directory` with a manifest and return it.
 
     `document` holds name, version_id, run_id, identity, signature, sample, preprocess, tolerance, served_batches,
-    parity and environment, and "aoti" (torch, isa, cuda_arch) beside a compiled package; `schema`,
-    `files` (sha256 by file name) and `sha256` (of the manifest itself,
-    canonical, without that field) are added here.
+    parity and environment; "aoti" (architecture, torch, isa, cuda_arch) beside a compiled package, and "int8" (bound,
+    rmse, tolerance, ...) beside a quantised graph. `schema`, `files` (sha256 by file name) and `sha256` (of the
+    manifest itself, canonical, without that field) are added here.
     """
     files = {p.name: file_sha256(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
     manifest = {**document, "schema": SCHEMA, "files": files}
@@ -160,7 +179,8 @@ def read_bundle(path: str | Path) -> Bundle:
 
     Raises:
         InputError: no bundle there, or one of a newer schema.
-        IntegrityError: a file is missing, added or changed.
+        IntegrityError: a file that the manifest lists is missing or changed, or the manifest itself was. Files that it
+            does not list are nobody's: a signature, what a server leaves.
     """
     directory = Path(path)
     file = directory / MANIFEST

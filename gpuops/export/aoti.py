@@ -7,11 +7,12 @@ is proved at every batch size. Its bytes differ at every build.
 
 from __future__ import annotations
 
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
-from gpuops.errors import InputError, UnavailableError
+from gpuops.errors import UnavailableError
 
 ADVICE = "export it again on this kind of machine, or load another format"
 
@@ -29,11 +30,9 @@ def require_compiler() -> None:
 
 
 def require_device(device: str) -> None:
-    """Raise InputError for a device that is neither "cpu" nor "cuda", UnavailableError where torch sees no CUDA."""
+    """Raise UnavailableError for "cuda" where torch sees none."""
     import torch
 
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is unknown: use cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("torch sees no CUDA device here: use device cpu")
 
@@ -64,14 +63,23 @@ def write(graph: Any, example: tuple[Any, ...], dynamic: Any, decompositions: An
 
 
 def facts(file: Path) -> dict[str, Any]:
-    """What a package is bound to: {"torch": version, "isa": CPU instruction sets, "cuda_arch": "sm_90" or null}."""
+    """What a package is bound to.
+
+    Returns:
+        {"architecture": "x86_64", "torch": version, "isa": CPU instruction sets, "cuda_arch": "sm_90" or None}.
+    """
     import torch
 
     metadata = _metadata(file)
     arch = None
     if metadata["AOTI_DEVICE_KEY"] == "cuda":
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return {"torch": torch.__version__, "isa": metadata["AOTI_CPU_ISA"], "cuda_arch": arch}
+    return {
+        "architecture": platform.machine(),
+        "torch": torch.__version__,
+        "isa": metadata["AOTI_CPU_ISA"],
+        "cuda_arch": arch,
+    }
 
 
 def load(file: Path, recorded: dict[str, Any], device: str) -> Any:
@@ -83,7 +91,8 @@ def load(file: Path, recorded: dict[str, Any], device: str) -> Any:
         device: where it is to run.
 
     Raises:
-        UnavailableError: compiled for another device, GPU, torch or instruction set, which could end the process.
+        UnavailableError: compiled for another device, GPU, torch, processor or instruction set, which could end the
+            process.
     """
     import torch
 
@@ -98,6 +107,10 @@ def load(file: Path, recorded: dict[str, Any], device: str) -> Any:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
         if arch != recorded["cuda_arch"]:
             raise UnavailableError(f"{file} was compiled for {recorded['cuda_arch']}, the GPU is {arch}: {ADVICE}")
+    if platform.machine() != recorded["architecture"]:
+        raise UnavailableError(
+            f"{file} was compiled for {recorded['architecture']}, the processor is {platform.machine()}: {ADVICE}"
+        )
     if lacking := lacking_isa(recorded["isa"]):
         raise UnavailableError(f"{file} was compiled for {recorded['isa']}, this CPU has no {lacking}: {ADVICE}")
     return torch._inductor.aoti_load_package(str(file))

@@ -39,15 +39,15 @@ def write(
 
     Args:
         graph: the served graph, taking the inputs in the order of `example`.
-        example: `max_batch` stored samples by input name, at least two of them.
+        example: `max_batch` stored samples by input name, and at least two: of one, torch makes a static batch.
         outputs: output names in the graph's order.
         max_batch: largest batch.
         directory: where the files go.
-        formats: of `gpuops.bundle.FORMAT_FILES`.
+        formats: "pt2", "onnx" or "aoti", some of them.
         device: what aoti compiles for, "cpu" or "cuda"; the other formats run on both.
 
     Raises:
-        InputError: an unknown format or device.
+        InputError: an unknown format or device, or a model that torch cannot export so.
         UnavailableError: aoti without a C++ compiler, or for CUDA without CUDA; onnx without its packages.
     """
     import torch
@@ -56,25 +56,41 @@ def write(
 
     check_formats(formats, device)
     tensors = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in example.values())
-    batch = torch.export.Dim("batch", min=1, max=max_batch)
+    batch = torch.export.Dim("batch", min=1, max=max(2, max_batch))
     dynamic = (tuple({0: batch} for _ in tensors),)
     table = torch.export.default_decompositions()
     table.update(decompositions())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates parts of its own exporters while they run
         if {"pt2", "onnx"} & set(formats):
-            program = torch.export.export(
-                graph, tuple(tensor[:2].clone() for tensor in tensors), dynamic_shapes=dynamic
-            )
-            program = program.run_decompositions(table)
+            with _refusing("capture the model as a graph"):
+                program = torch.export.export(
+                    graph, tuple(tensor[:2].clone() for tensor in tensors), dynamic_shapes=dynamic
+                )
         if "pt2" in formats:
-            for node in program.graph.nodes:
-                node.meta.pop("from_node", None)  # debugging history with memory addresses: other bytes every time
-            torch.export.save(program, directory / FORMAT_FILES["pt2"])
+            with _refusing("save it as pt2"):
+                torch.export.save(_without_history(program.run_decompositions(table)), directory / FORMAT_FILES["pt2"])
         if "onnx" in formats:
-            _write_onnx(program, list(example), outputs, directory / FORMAT_FILES["onnx"])
+            with _refusing("write it as onnx"):
+                # Its exporter knows more than aten: what is linear stays one product with constant weights.
+                known = _without_history(program.run_decompositions(decompositions()))
+                _write_onnx(known, list(example), outputs, directory / FORMAT_FILES["onnx"])
         if "aoti" in formats:
-            aoti.write(graph, tensors, dynamic, table, directory / FORMAT_FILES["aoti"], device)
+            with _refusing("compile it as aoti"):
+                aoti.write(graph, tensors, dynamic, table, directory / FORMAT_FILES["aoti"], device)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever an exporter raises into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"torch cannot {what} ({type(error).__name__}: {reason}): write `forward` without branches on values and "
+            "without other packages' code, or leave the format out"
+        ) from error
 
 
 def check_formats(formats: Sequence[str], device: str) -> None:
@@ -82,12 +98,28 @@ def check_formats(formats: Sequence[str], device: str) -> None:
     unknown = set(formats) - FORMAT_FILES.keys()
     if unknown or not formats:
         raise InputError(f"formats {sorted(unknown)} are unknown; there are {', '.join(FORMAT_FILES)}")
-    if "onnx" in formats:
-        for package in ("onnx", "onnxscript"):
-            _require(package, "onnx")
+    if device not in DEVICES:
+        raise InputError(f"device {device!r} is unknown: use {' or '.join(DEVICES)}")
+    for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(formats) else ():
+        _require(package, "onnx")
     if "aoti" in formats:
         aoti.require_device(device)
         aoti.require_compiler()
+
+
+def _without_history(program: Any) -> Any:
+    """A program without what tells where it came from.
+
+    torch notes memory addresses, and the paths and lines of gpuops' and the user's sources; with them the bytes would
+    differ from process to process, and from one place of installation to another.
+    """
+    import torch
+
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("from_node", None)
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 def _write_onnx(program: Any, inputs: list[str], outputs: Sequence[str], file: Path) -> None:
@@ -112,8 +144,8 @@ def load_bundle(path: str | Path, format: str | None = None, device: str = "cpu"
 
     Args:
         path: the bundle; every byte is compared with its manifest first.
-        format: "onnx" (needs onnxruntime), "pt2" or "aoti" (need torch); if None, onnx where the bundle has it and
-            onnxruntime is installed, else pt2.
+        format: "onnx" or "int8" (need onnxruntime), "pt2" or "aoti" (need torch); if None, onnx where the bundle has it
+            and onnxruntime is installed, else the first of pt2, aoti and int8 that it has.
         device: "cpu" or "cuda"; answers are NumPy arrays either way. An aoti package runs where it was compiled for.
 
     Raises:
@@ -130,7 +162,7 @@ def runner(bundle: Bundle, format: str | None = None, device: str = "cpu") -> In
         raise InputError(f"device {device!r} is unknown: use {' or '.join(DEVICES)}")
     chosen = default_format(bundle) if format is None else format
     file = bundle.model_file(chosen)
-    run = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}[chosen](bundle, file, device)
+    run = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti, "int8": _onnx}[chosen](bundle, file, device)
     signature = bundle.signature
 
     def infer(inputs: Arrays | npt.NDArray[Any]) -> Answers:
@@ -144,7 +176,9 @@ def runner(bundle: Bundle, format: str | None = None, device: str = "cpu") -> In
 
 def default_format(bundle: Bundle) -> str:
     """What `load_bundle` takes if it is not told."""
-    return "onnx" if "onnx" in bundle.formats and find_spec("onnxruntime") is not None else "pt2"
+    if "onnx" in bundle.formats and find_spec("onnxruntime") is not None:
+        return "onnx"
+    return next((format for format in ("pt2", "aoti", "int8") if format in bundle.formats), "pt2")
 
 
 def _named(inputs: Arrays | npt.NDArray[Any], signature: Signature) -> dict[str, npt.NDArray[Any]]:
@@ -197,7 +231,9 @@ def _called(module: Any, signature: Signature, device: str) -> Callable[[Arrays]
     import torch
 
     def infer(inputs: Arrays) -> Answers:
-        raw = [torch.from_numpy(inputs[spec.name]).to(device) for spec in signature.inputs]
+        # torch cannot say that memory must not be written, and warns of it: such arrays are copied.
+        writeable = {name: np.require(array, requirements="W") for name, array in inputs.items()}
+        raw = [torch.from_numpy(writeable[spec.name]).to(device) for spec in signature.inputs]
         with torch.no_grad(), _full_float32(device):
             answers = module(*raw)
         return {spec.name: answer.cpu().numpy() for spec, answer in zip(signature.outputs, answers, strict=True)}

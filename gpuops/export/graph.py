@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import sys
 import warnings
@@ -13,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpuops.bundle import Golden, file_sha256
+from gpuops.bundle import file_sha256
 from gpuops.data.join import reopen
-from gpuops.data.reading.reader import Reader, wire_inputs
-from gpuops.data.runs import Runs
 from gpuops.data.sample import BoundSample, SampleSpec, bind
 from gpuops.data.source import Source
 from gpuops.errors import InputError, IntegrityError
@@ -28,8 +24,6 @@ from gpuops.lineage.version import RUN_FILE
 from gpuops.preprocess.module import PreprocessModule
 from gpuops.preprocess.steps import Preprocess
 from gpuops.spec import Signature, TensorSpec
-
-GOLDEN_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,35 +115,6 @@ def _preprocess(run: Run, side: str) -> Preprocess:
     return Preprocess.from_json(run.record["preprocess"][side]).eval()
 
 
-def golden(run: Run, graph: ServedGraph) -> tuple[Golden, list[int]]:
-    """Raw held-out samples with the training pipeline's answers, and the samples' ids.
-
-    The answers come from the slot that training reads and from `packed`, not from the served graph's `forward`.
-    """
-    held = Runs.from_json(run.record["data"]["held_out_records"] or [[0, run.sample.records]])[:]
-    ids = run.sample.samples(held)
-    ids = ids[np.unique(np.linspace(0, len(ids) - 1, GOLDEN_SAMPLES).astype(np.int64))]
-    reader = Reader(run.source, run.sample)
-    try:
-        slot = reader.read(ids)
-    finally:
-        reader.close()
-    with torch.no_grad(), one_thread():
-        ready = graph.inputs.packed({name: torch.from_numpy(array) for name, array in slot.inputs.items()})
-        answer = _call(graph.model, ready)
-        by_name = answer if isinstance(answer, Mapping) else {graph.output_names[0]: answer}
-        if missing := set(graph.output_names) - by_name.keys():
-            raise InputError(f"forward did not answer {', '.join(sorted(missing))}: return a tensor for each target")
-        for spec in signature(run, 1).outputs:
-            if tuple(by_name[spec.name].shape[1:]) != spec.shape:
-                raise InputError(
-                    f"forward answered {spec.name!r} as {list(by_name[spec.name].shape[1:])} a sample, its target is "
-                    f"{list(spec.shape)}: return that shape"
-                )
-        outputs = {name: graph.targets.physical(name, by_name[name]).numpy() for name in graph.output_names}
-    return Golden(wire_inputs(run.sample, slot), outputs), [int(i) for i in ids]
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Sums whose order, and so whose last bit, does not depend on the number of cores or on OMP_NUM_THREADS."""
@@ -159,17 +124,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    takes = inspect.signature(model.forward).parameters
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    if not anything and not tensors.keys() <= takes.keys():
-        raise InputError(
-            f"forward takes {', '.join(takes)}, the declared input tensors are {', '.join(tensors)}: "
-            "give its arguments the tensors' names"
-        )
-    return model(**tensors)
 
 
 def _load_model(root: Path, record: Mapping[str, Any]) -> nn.Module:

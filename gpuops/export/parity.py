@@ -9,22 +9,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpuops.bundle import Golden
+from gpuops.bundle import RTOL, Golden
 from gpuops.errors import InputError, IntegrityError
 from gpuops.export.patterns import SAMPLES, answered, by_name, declared, with_missing
 from gpuops.spec import Arrays, Signature
 
-RTOL = {"float32": 1e-5}
-"""What an answer may differ by, as a share of its size and on top of the bundle's tolerance, by the output's dtype:
-about 84 roundings of float32, which is what sums of some thousand terms in another order come to. 0 for others."""
 NOT_COMPARED = "not compared"
 """Parity.missing where samples with missing values were answered, and nothing says what is right."""
+NOISY = 0.1
+"""Root mean square difference, as a share of what differs between samples, above which the parity carries a warning."""
+_ALIKE = {
+    "uint8": ("int8", "float32"),
+    "int8": ("uint8", "float32"),
+    "int16": ("uint16", "float32"),
+    "uint16": ("int16", "float32"),
+    "int32": ("float32", "int64"),
+    "float32": ("int32", "float64"),
+}
+"""Dtypes that a model could take for its own: of the same width, and what a careless caller sends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
     """What a sweep over every served batch size found."""
 
+    tolerance: float
+    """Absolute part of what an answer may differ by, in physical units."""
     max_abs_diff: float
     """Largest absolute difference from the golden answers, in physical units."""
     worst_batch: int
@@ -36,7 +46,8 @@ class Parity:
     answered: tuple[str, ...]
     """Unusual inputs that were answered right, as they must be."""
     sqnr_db: Mapping[str, float | None]
-    """Signal to (quantisation) noise by output, in dB, over all batches; None where nothing differs or all is 0."""
+    """Signal to (quantisation) noise by output, in dB, over all batches: variance of the golden answers over the mean
+    squared difference from them; None where one of them is 0."""
     diversity: Mapping[str, float]
     """Standard deviation of the golden answers between samples, by output, averaged over positions, physical units."""
     missing: Mapping[str, float | None] | str | None
@@ -59,6 +70,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     *,
     patterns: Golden | None = None,
+    missing_tolerance: float | None = None,
     splits: bool = False,
 ) -> Parity:
     """Compare `infer` with the golden answers at every served batch size, and give it inputs that it must refuse.
@@ -73,38 +85,45 @@ def sweep(
         tolerance: absolute part of the difference allowed, physical units.
         progress: called with (batch sizes done, batch sizes in all).
         patterns: samples with missing values (gpuops.export.patterns) and the answers they must get; None if unknown.
+        missing_tolerance: `tolerance` for those; the same if None.
         splits: `infer` sends more than the largest batch in parts, as a client does, so it must answer that too.
 
     Raises:
         IntegrityError: an answer differs, or a bad input was answered.
     """
-    diversity = {name: _diversity(answer) for name, answer in golden.outputs.items()}
+    spread = {name: _spread(answer) for name, answer in golden.outputs.items()}
     several = len(next(iter(golden.inputs.values()))) > 1
-    same = [name for name, spread in diversity.items() if several and spread == 0.0]
+    same = [name for name, spread_of in spread.items() if several and spread_of.between == 0.0]
     warnings = [f"{name}: all golden answers are the same, so equal answers prove little" for name in same]
     worst, where, found = 0.0, 1, dict.fromkeys(golden.outputs, _Difference())
     for size in range(1, signature.max_batch + 1):
         differences = _differences(golden.batch(size), infer, tolerance)
         largest = max(difference.largest for difference in differences.values())
+        if any(difference.excess > 0 for difference in differences.values()):
+            raise IntegrityError(
+                f"answers differ from the training pipeline's by {largest:.3g} at batch {size}, allowed is "
+                f"{tolerance:g}: do not serve it (or export with a larger --tolerance, if that is rounding)"
+            )
         if largest > worst:
             worst, where = largest, size
         found = {name: found[name].joined(difference) for name, difference in differences.items()}
         if progress is not None:
             progress(size, signature.max_batch)
-    if any(difference.excess > 0 for difference in found.values()):
-        raise IntegrityError(
-            f"answers differ from the training pipeline's by {worst:.3g} at batch {where}, allowed is {tolerance:g}: "
-            "do not serve it (or export with a larger --tolerance, if that is rounding)"
-        )
-    missing = _missing(infer, golden, signature, tolerance, patterns, warnings)
+    for name, spread_of in spread.items():
+        if several and found[name].noise > (NOISY * spread_of.between) ** 2 > 0:
+            warnings.append(f"{name}: answers differ by more than {NOISY:.0%} of what differs between samples")
+    missing = _missing(
+        infer, golden, signature, tolerance if missing_tolerance is None else missing_tolerance, patterns, warnings
+    )
     return Parity(
+        tolerance=tolerance,
         max_abs_diff=worst,
         worst_batch=where,
         batches=signature.max_batch,
         refused=_refused(infer, golden, signature, splits),
         answered=_answered(infer, golden, signature, tolerance, splits),
-        sqnr_db={name: difference.sqnr_db for name, difference in found.items()},
-        diversity=diversity,
+        sqnr_db={name: _decibels(spread_of.variance, found[name].noise) for name, spread_of in spread.items()},
+        diversity={name: spread_of.between for name, spread_of in spread.items()},
         missing=missing,
         warnings=tuple(warnings),
     )
@@ -131,24 +150,34 @@ class _Difference:
     """Largest absolute difference, physical units; infinite if NaN stands on one side only, or the output lacks."""
     excess: float = 0.0
     """By how much the worst answer goes beyond what it may differ by; 0 if all are right."""
-    signal: float = 0.0
-    """Sum of squares of what the finite answers should be."""
-    noise: float = 0.0
-    """Sum of squared differences there."""
+    squares: float = 0.0
+    """Sum of squared differences where the right answer is finite."""
+    count: int = 0
+    """Answers there."""
 
     @property
-    def sqnr_db(self) -> float | None:
-        """10 log10(signal / noise); None if either is 0."""
-        return float(10 * np.log10(self.signal / self.noise)) if self.signal > 0 and self.noise > 0 else None
+    def noise(self) -> float:
+        """Mean squared difference."""
+        return self.squares / self.count if self.count else 0.0
 
     def joined(self, other: _Difference) -> _Difference:
         """Both as one."""
         return _Difference(
             max(self.largest, other.largest),
             max(self.excess, other.excess),
-            self.signal + other.signal,
-            self.noise + other.noise,
+            self.squares + other.squares,
+            self.count + other.count,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """How much the golden answers of one output vary; missing ones left out."""
+
+    variance: float
+    """Variance over samples and positions."""
+    between: float
+    """Standard deviation between samples, averaged over positions."""
 
 
 def _difference(want: npt.NDArray[Any], got: npt.NDArray[Any] | None, tolerance: float) -> _Difference:
@@ -164,8 +193,8 @@ def _difference(want: npt.NDArray[Any], got: npt.NDArray[Any] | None, tolerance:
     return _Difference(
         float(difference.max(initial=0.0)),
         float(excess.max(initial=0.0)),
-        float((size**2).sum()),
         float((difference[finite] ** 2).sum()),
+        int(finite.sum()),
     )
 
 
@@ -174,38 +203,46 @@ def _differences(want: Golden, infer: Callable[[Arrays], Arrays], tolerance: flo
     return {name: _difference(right, answers.get(name), tolerance) for name, right in want.outputs.items()}
 
 
-def _diversity(answers: npt.NDArray[Any]) -> float:
-    """Standard deviation between samples, averaged over the positions of a sample; missing answers left out."""
-    spread = np.ma.masked_invalid(answers.astype(np.float64)).std(axis=0).mean()
-    return 0.0 if spread is np.ma.masked else float(spread)
+def _spread(answers: npt.NDArray[Any]) -> _Spread:
+    finite = np.ma.masked_invalid(answers.astype(np.float64))
+    if not finite.count():
+        return _Spread(0.0, 0.0)
+    return _Spread(float(finite.var()), float(finite.std(axis=0).mean()))
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    return float(10 * np.log10(signal / noise)) if signal > 0 and noise > 0 else None
 
 
 def _refused(infer: Callable[[Arrays], Arrays], golden: Golden, signature: Signature, splits: bool) -> tuple[str, ...]:
-    """Inputs that are wrong in one way each; IntegrityError at the first that is answered."""
-    first = signature.inputs[0]
+    """Kinds of inputs that are wrong in one way each; IntegrityError at the first that is answered."""
     good = golden.batch(min(2, signature.max_batch)).inputs
-    array = good[first.name]
-    other = np.float32 if first.dtype != "float32" else np.float64
-    bad = {
-        "batch 0": {name: array[:0] for name, array in good.items()},
-        f"dtype {np.dtype(other)}": {**good, first.name: array.astype(other)},
-        "shape": {**good, first.name: np.concatenate([array, array], axis=1) if first.shape else array[:, None]},
-        "missing input": {name: array for name, array in good.items() if name != first.name},
-        "extra input": {**good, "not_an_input": array},
-    }
-    if not splits:
-        bad[f"batch {signature.max_batch + 1}"] = golden.batch(signature.max_batch + 1).inputs
+    longer = golden.batch(len(next(iter(good.values()))) + 1).inputs
+    bad: list[tuple[str, str, Arrays]] = [("batch 0", "0 samples", {name: array[:0] for name, array in good.items()})]
     for spec in signature.inputs:
-        last = np.ascontiguousarray(np.moveaxis(good[spec.name], 1, -1)) if spec.shape else good[spec.name]
-        if last.shape != good[spec.name].shape:
-            bad["layout (channels last)"] = {**good, spec.name: last}
-    for what, inputs in bad.items():
+        name, array = spec.name, good[spec.name]
+        with np.errstate(invalid="ignore"):  # NaN as an integer
+            alike = {dtype: array.astype(dtype) for dtype in _ALIKE[spec.dtype]}
+        bad += [("dtype", f"{name} as {dtype}", {**good, name: other}) for dtype, other in alike.items()]
+        wide = np.concatenate([array, array], axis=1) if spec.shape else array[:, None]
+        bad.append(("shape", f"{name} as {list(wide.shape)}", {**good, name: wide}))
+        last = np.ascontiguousarray(np.moveaxis(array, 1, -1)) if spec.shape else array
+        if last.shape != array.shape:
+            bad.append(("layout (channels last)", f"{name} as {list(last.shape)}", {**good, name: last}))
+        bad.append(("missing input", f"no {name}", {key: value for key, value in good.items() if key != name}))
+        if len(good) > 1:
+            bad.append(("batch sizes that differ", f"one more of {name}", {**good, name: longer[name]}))
+    bad.append(("extra input", "not_an_input", {**good, "not_an_input": next(iter(good.values()))}))
+    if not splits:
+        most = signature.max_batch + 1
+        bad.append((f"batch {most}", f"{most} samples", golden.batch(most).inputs))
+    for kind, what, inputs in bad:
         try:
             infer(inputs)
         except InputError:
             continue
-        raise IntegrityError(f"an input of wrong {what} was answered instead of refused: do not serve it")
-    return tuple(bad)
+        raise IntegrityError(f"an input of wrong {kind} ({what}) was answered instead of refused: do not serve it")
+    return tuple(dict.fromkeys(kind for kind, _, _ in bad))
 
 
 def _answered(
@@ -217,12 +254,19 @@ def _answered(
     unusual = {
         "strided views": Golden(strided, good.outputs),
         "column-major arrays": Golden({k: np.asfortranarray(v) for k, v in good.inputs.items()}, good.outputs),
+        "read-only arrays": Golden({k: _frozen(v) for k, v in good.inputs.items()}, good.outputs),
     }
     if splits:
         unusual[f"batch {signature.max_batch + 1} in parts"] = golden.batch(signature.max_batch + 1)
     for what, batch in unusual.items():
         checked(what, batch, infer, tolerance)
     return tuple(unusual)
+
+
+def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
 
 
 def _missing(

@@ -22,10 +22,12 @@ SAMPLES = 2
 def with_missing(golden: Golden, signature: Signature) -> dict[str, npt.NDArray[np.generic]] | None:
     """Golden samples with stored values replaced by "no data", as `NAMES` say; None if no input has such a value.
 
+    Where a float32 input has a stored value for it, that and NaN stand in turn: both mean "no data".
+
     Returns:
         Stored samples by input name, each [len(NAMES) * SAMPLES, *shape], or None.
     """
-    marks = {spec.name: mark for spec in signature.inputs if (mark := _mark(spec)) is not None}
+    marks = {spec.name: found for spec in signature.inputs if (found := _marks(spec))}
     if not marks:
         return None
     good = golden.batch(SAMPLES).inputs
@@ -33,9 +35,8 @@ def with_missing(golden: Golden, signature: Signature) -> dict[str, npt.NDArray[
     for name, array in good.items():
         odd = np.indices(array.shape[1:]).sum(axis=0) % 2 == 1
         lost = (np.full(array.shape, True), np.broadcast_to(odd, array.shape), _first(array))
-        mark = marks.get(name)
-        parts = [array if mark is None else np.where(where, array.dtype.type(mark), array) for where in lost]
-        made[name] = np.concatenate(parts)
+        in_turn = np.resize(np.array(marks[name], array.dtype), array.shape) if name in marks else array
+        made[name] = np.concatenate([np.where(where, in_turn, array) for where in lost])
     return made
 
 
@@ -57,14 +58,14 @@ def declared(signature: Signature) -> bool:
     return any(spec.missing is not None for spec in signature.inputs)
 
 
-def _mark(spec: TensorSpec) -> float | None:
-    """Stored value that means "no data"; None where there is no such value that the dtype can hold."""
-    if spec.missing is None:
-        return float("nan") if spec.dtype == "float32" else None
+def _marks(spec: TensorSpec) -> list[float]:
+    """Stored values that mean "no data", of those that the dtype can hold."""
     if spec.dtype == "float32":
-        return float(spec.missing)
+        return [float("nan")] if spec.missing is None else [float(spec.missing), float("nan")]
+    if spec.missing is None:
+        return []
     limits = np.iinfo(spec.dtype)
-    return spec.missing if limits.min <= spec.missing <= limits.max and spec.missing == int(spec.missing) else None
+    return [spec.missing] if limits.min <= spec.missing <= limits.max and spec.missing == int(spec.missing) else []
 
 
 def _first(array: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:

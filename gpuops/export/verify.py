@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuops.bundle import Bundle, Golden, read_bundle
-from gpuops.errors import GpuopsError, IntegrityError
+from gpuops.errors import GpuopsError, IntegrityError, UnavailableError
 from gpuops.lineage.version import version_id
 
 
@@ -22,6 +22,7 @@ def verify(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: no bundle there.
         IntegrityError: bytes, identity or answers differ from what was recorded.
+        UnavailableError: a format cannot run here: another kind of machine, or its runtime is not installed.
     """
     bundle = read_bundle(path)
     check_identity(bundle)
@@ -33,12 +34,14 @@ def verify_format(path: Path, format: str) -> dict[str, Any]:
 
     Raises:
         IntegrityError: it answers differently, with the reason that the process gave.
+        UnavailableError: it cannot run here.
     """
     command = [sys.executable, "-m", "gpuops.export.verify", str(path), format]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise IntegrityError(f"{format}: {reason}")
+        kind = UnavailableError if done.returncode == UnavailableError.exit_code else IntegrityError
+        raise kind(f"{format}: {reason}")
     parity: dict[str, Any] = json.loads(done.stdout)
     return parity
 
@@ -46,7 +49,7 @@ def verify_format(path: Path, format: str) -> dict[str, Any]:
 def check_identity(bundle: Bundle) -> None:
     """Raise IntegrityError unless the version id is that of the recorded identity."""
     identity = dict(bundle.manifest["identity"])
-    weights = identity.pop("weights")
+    weights = identity.pop("weights", "")
     if version_id(identity, weights) != bundle.version_id:
         raise IntegrityError(f"{bundle.path}: the version id is not that of the recorded identity: export it again")
 
@@ -73,12 +76,20 @@ def main() -> None:
         bundle = read_bundle(path)
         compiled = bundle.manifest.get("aoti", {}) if format == "aoti" else {}
         infer = runner(bundle, format, "cuda" if compiled.get("cuda_arch") else "cpu")
-        golden, signature = bundle.golden(), bundle.signature
-        parity = sweep(infer, golden, signature, bundle.tolerance, patterns=_patterns(bundle, format))
+        own = bundle.manifest.get(format, {})
+        parity = sweep(
+            infer,
+            bundle.golden(),
+            bundle.signature,
+            bundle.tolerance_of(format),
+            patterns=_patterns(bundle, format),
+            missing_tolerance=own.get("missing_tolerance"),
+        )
     except GpuopsError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None
-    sys.stdout.write(json.dumps(parity.to_json()) + "\n")
+    recorded = {key: own[key] for key in ("bound", "rmse", "bytes", "latency_ms") if key in own}  # of int8, at export
+    sys.stdout.write(json.dumps({**parity.to_json(), **recorded}) + "\n")
 
 
 if __name__ == "__main__":

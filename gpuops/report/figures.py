@@ -205,7 +205,7 @@ def _answers(
     source: Source, sample: BoundSample, bundle: Bundle, ids: npt.NDArray[np.int64], name: str
 ) -> tuple[Field, Field]:
     """Truth and the bundle's own answers for samples, each [n, y, x] in physical units."""
-    infer = runner(bundle, bundle.formats[-1])
+    infer = runner(bundle)
     size = bundle.signature.max_batch
     spec = sample.targets[name][0].spec
     truth, forecast = [], []

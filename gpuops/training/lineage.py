@@ -237,6 +237,7 @@ def _data_record(trainer: Trainer) -> dict[str, Any]:
             **data.source.location,
             "fingerprint": data.source.fingerprint,
             "train_records": len(data.train_records),
+            "trained_records": data.train_records.to_json(),
             "held_out_records": data.val_records.to_json(),
             "held_out_by": None if data.holdout is None else data.holdout.by,
         },

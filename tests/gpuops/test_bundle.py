@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuops.bundle import GOLDEN, MANIFEST, Golden, read_bundle, write_manifest
+from gpuops.bundle import GOLDEN, MANIFEST, PATTERNS, Golden, read_bundle, write_manifest
 from gpuops.errors import InputError, IntegrityError
 from gpuops.spec import Signature, TensorSpec
 
@@ -93,6 +93,44 @@ def test_golden_batches_repeat_the_samples_in_order(size: int, count: int) -> No
     batch = Golden({"x": x}, {"y": x.astype(np.float32)}).batch(size)
     assert batch.inputs["x"][:, 0].tolist() == [i % count for i in range(size)]
     assert batch.max_abs_diff(batch.outputs) == 0.0
+
+
+def test_a_file_that_the_manifest_does_not_list_is_nobodys(bundle: Path) -> None:
+    (bundle / "__pycache__").mkdir()
+    (bundle / "signature.dsse.json").write_text("{}")
+    assert set(read_bundle(bundle).manifest["files"]) == {GOLDEN, "model.onnx"}
+
+
+def test_formats_are_those_whose_files_are_listed(bundle: Path) -> None:
+    for file in ("model_int8.onnx", "model_aoti.pt2", "model.pt2"):
+        (bundle / file).write_bytes(file.encode())
+    assert read_bundle(bundle).formats == ("onnx",)
+    fields = {"signature": {}, "tolerance": 1e-5, "int8": {"tolerance": 0.5}}
+    write_manifest(bundle, fields)
+    opened = read_bundle(bundle)
+    assert opened.formats == ("pt2", "onnx", "aoti", "int8")
+    assert [opened.tolerance_of(format) for format in opened.formats] == [1e-5, 1e-5, 1e-5, 0.5]
+    assert opened.model_file("int8") == bundle / "model_int8.onnx"
+
+
+def test_patterns_are_there_if_the_manifest_lists_them(bundle: Path) -> None:
+    assert read_bundle(bundle).patterns() is None
+    x = np.zeros((6, 3), np.uint8)
+    Golden({"x": x}, {"y": x.astype(np.float32)}).save(bundle / PATTERNS)
+    assert read_bundle(bundle).patterns() is None
+    write_manifest(bundle, {"signature": {}, "tolerance": 1e-5})
+    kept = read_bundle(bundle).patterns()
+    assert kept is not None
+    assert kept.outputs["y"].shape == (6, 3)
+
+
+def test_rows_and_places_of_golden_samples() -> None:
+    x = np.arange(6, dtype=np.int32).reshape(3, 2)
+    samples = Golden({"x": x, "m": x[:, :1]}, {"y": x.astype(np.float32)})
+    assert [row["x"].tolist() for row in samples.rows()] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    taken = samples.take(np.array([2, 0, 2]))
+    assert taken.inputs["m"].ravel().tolist() == [4, 0, 4]
+    assert taken.outputs["y"][:, 0].tolist() == [4, 0, 4]
 
 
 def test_differences_count_nan_shape_and_absence() -> None:
