@@ -5,6 +5,7 @@
 #   benchmarks/gpu.sh loader   the loader from disk to a training step, each stage against its own ceiling
 #   benchmarks/gpu.sh kernels  the kernels: their tests on the GPU, then each against a copy and torch.compile
 #   benchmarks/gpu.sh energy   the meter: the counter's step, the meter against it, overhead, joules a sample; the demo's
+#   benchmarks/gpu.sh serving  the embedded server with AOTInductor and our kernels, joules a request at 1, 8 and 64
 #
 # From the environment:
 #   PYTHON   interpreter that has torch, triton and lightning; they are used as they are (default: python3)
@@ -14,7 +15,8 @@
 #
 # Writes benchmarks/results/<name of the GPU>/, for the demo demo.json: its summary, the tests' counts
 # and the versions; for the loader gpu-loader.json and, on that machine's processor, loader.json; for the kernels
-# kernels.json; for the meter energy-gpu.json. Where compute-sanitizer is installed, the kernels' tests run once more under it.
+# kernels.json; for the meter energy-gpu.json; for the server gpu-serving.json (that part was not run on a GPU yet).
+# Where compute-sanitizer is installed, the kernels' tests run once more under it.
 # Exits with 1 if there is no GPU, a test failed or none ran, with 2 if it does not know what it was asked for.
 set -euo pipefail
 fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
@@ -22,7 +24,7 @@ fail() { echo "gpu.sh: $1" >&2; exit "${2:-1}"; }
 [ $# -eq 1 ] || fail "which part? benchmarks/gpu.sh demo (--help says more)" 2
 case $1 in
   -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-  demo|loader|kernels|energy) part=$1 ;;
+  demo|loader|kernels|energy|serving) part=$1 ;;
   *) fail "there is no part $1: benchmarks/gpu.sh demo (--help says more)" 2 ;;
 esac
 nvidia-smi --list-gpus >/dev/null 2>&1 \
@@ -49,6 +51,13 @@ if [ "$part" = energy ]; then
   if [ -n "$OUT" ]; then
     cp benchmarks/results/*/energy-gpu.json benchmarks/results/*/gpu-loader.json out/energy-demo/run/run.json "$OUT/"
   fi
+  exit 0
+fi
+
+if [ "$part" = serving ]; then
+  make setup "PYTHON=${PYTHON:-python3}" SYSTEM_SITE=1 "WHEELS=${WHEELS:-}"
+  "$VENV/bin/python" benchmarks/gpu_serving.py
+  if [ -n "$OUT" ]; then cp benchmarks/results/*/gpu-serving.json "$OUT/"; fi
   exit 0
 fi
 

@@ -1,19 +1,39 @@
-"""The command line of a tritonserver: loopback, nothing open that is not needed; and the same for a container."""
+"""The command lines of a tritonserver: on loopback for us, and the same repository in a container.
+
+    python3 -m gpuops_serving.command /models     what the container runs (Dockerfile.cuda): proves the repository,
+                                                  signatures included where keys are trusted, then becomes tritonserver
+
+Whoever reaches a server's ports can use what is open there, so what nobody needs is closed: models cannot be loaded,
+and the parts of the API that change tracing or logging or attach shared memory ask for a key that nobody has. That is a
+second line only: CVE-2026-24206 and -24207 went around such keys (gpuops_serving.gates).
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import secrets
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuops.errors import InputError
+from gpuops.errors import GpuopsError, InputError
+from gpuops_serving.repository import served_versions
 
 HOST = "127.0.0.1"
 CONTAINER_IMAGE = "gpuops-serving"
 """Image that Dockerfile.cuda builds."""
+CONTAINER_PORTS = (8000, 8001, 8002)
+"""HTTP, gRPC and metrics inside the container."""
 RESTRICTED = ("model-repository", "trace", "logging")
 """Parts of the API that need the key where models can be loaded through it: loading a model is running code."""
+CLOSED = ("trace", "logging", "shared-memory")
+"""Parts of the API that a container closes; health, metadata, inference, statistics and the repository's index stay."""
+EXIT_TIMEOUT_S = 40
+"""How long a server may finish its requests before it ends; whoever stops a container must wait longer."""
+STOP_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +65,28 @@ def control_flags(models: Sequence[str], access: tuple[str, str] | None) -> list
     """
     if access is None:
         return ["--model-control-mode=none"]
-    key, secret = access
-    apis = ",".join(RESTRICTED)
     return [
         "--model-control-mode=explicit",
         *(f"--load-model={name}" for name in models),
-        f"--http-restricted-api={apis}:{key}={secret}",
-        f"--grpc-restricted-protocol={apis}:{key}={secret}",
+        *_restricted(RESTRICTED, access),
+    ]
+
+
+def container_flags(repository: Path, host: str) -> list[str]:
+    """Flags of tritonserver inside a container.
+
+    Args:
+        repository: Model repository, read-only.
+        host: Address of the three ports. A port on a container's own loopback cannot be published, so it is 0.0.0.0
+            there, and who publishes it says to whom.
+    """
+    return [
+        f"--model-repository={repository}",
+        *control_flags((), None),
+        "--disable-auto-complete-config",  # `deploy` writes all of it
+        *(f"--{endpoint}-address={host}" for endpoint in ("http", "grpc", "metrics")),
+        f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        *_restricted(CLOSED, ("gpuops-closed", secrets.token_hex(16))),
     ]
 
 
@@ -64,15 +99,53 @@ def container_command(repository: Path, ports: Sequence[int]) -> str:
     """
     published = [
         option
-        for outside, inside in zip(ports, (8000, 8001, 8002), strict=True)
+        for outside, inside in zip(ports, CONTAINER_PORTS, strict=True)
         for option in ("-p", f"{HOST}:{outside}:{inside}")
     ]
     return shlex.join(
         [
-            *("docker", "run", "--rm", "--gpus", "all", "--shm-size=256m", "--read-only", "--tmpfs", "/tmp"),
-            *("--cap-drop=ALL", "--security-opt=no-new-privileges", "--user", "1000:1000"),
+            *("docker", "run", "--rm", "--gpus", "all", "--shm-size=256m", "--read-only"),
+            # Not Docker's default, noexec: AOTInductor packages are unpacked there and loaded as code.
+            *("--tmpfs", "/tmp:rw,exec,nosuid,nodev,size=1g"),
+            *("--cap-drop=ALL", "--security-opt=no-new-privileges:true", "--user=1000:1000"),
+            f"--stop-timeout={STOP_TIMEOUT_S}",
             *("-v", f"{repository.absolute()}:/models:ro"),
             *published,
             CONTAINER_IMAGE,
         ]
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prove a repository, then become the tritonserver on PATH that serves it; returns only where that fails.
+
+    Args:
+        arguments: Of the command line; those that it does not know are passed on to tritonserver.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python3 -m gpuops_serving.command", description="Serve a model repository that `gpuops deploy` wrote."
+    )
+    parser.add_argument("repository", type=Path, help="model repository, mounted read-only")
+    parser.add_argument("--host", default="0.0.0.0", help="address of the ports (default: 0.0.0.0, for a container)")
+    options, flags = parser.parse_known_args(arguments)
+    try:
+        count = len(served_versions(options.repository))
+        sys.stderr.write(f"gpuops: {options.repository} names {count} versions and holds them; starting tritonserver\n")
+        sys.stderr.flush()
+        os.execvp("tritonserver", ["tritonserver", *container_flags(options.repository, options.host), *flags])
+    except GpuopsError as error:
+        sys.stderr.write(f"gpuops: {error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"gpuops: tritonserver cannot be started ({error.strerror}): run this in Triton's container\n")
+        return 4
+
+
+def _restricted(apis: Sequence[str], access: tuple[str, str]) -> list[str]:
+    """Flags that ask for a key, over both protocols: what one of them leaves open is open."""
+    what, (key, secret) = ",".join(apis), access
+    return [f"--http-restricted-api={what}:{key}={secret}", f"--grpc-restricted-protocol={what}:{key}={secret}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

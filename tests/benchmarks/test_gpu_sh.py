@@ -1,5 +1,6 @@
 """benchmarks/gpu.sh where it cannot do its work: one clear line. What it does with a GPU only a GPU machine shows."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -38,3 +39,21 @@ def test_help_names_every_variable():
     assert not done.stderr
     for name in ("PYTHON", "WHEELS", "VENV", "OUT", "demo.json"):
         assert name in done.stdout
+
+
+def test_help_names_every_part_and_each_part_is_known():
+    parts = re.search(r"^  (\w+(?:\|\w+)+)\) part=", GPU_SH.read_text(), re.MULTILINE)
+    assert parts is not None
+    described = re.findall(r"^  benchmarks/gpu\.sh (\w+)", run("--help").stdout, re.MULTILINE)
+    assert sorted(described) == sorted(parts[1].split("|"))
+    assert "serving" in described
+
+
+def test_bash_can_read_all_of_it():
+    assert subprocess.run(["bash", "-n", GPU_SH], capture_output=True).returncode == 0
+
+
+def test_every_script_that_it_runs_is_there():
+    named = re.findall(r"benchmarks/\w+\.py", GPU_SH.read_text())
+    assert "benchmarks/gpu_serving.py" in named
+    assert all((GPU_SH.parents[1] / name).is_file() for name in named)
