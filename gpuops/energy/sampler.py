@@ -38,6 +38,7 @@ class Sampler:
         self._look_ns, self._looks_s = self._began_ns, VITALS_S
         self._marks: dict[int, dict[str, Edge]] = {}
         self._open: list[int] = []
+        self._kept_ns: int | None = None
         self._changed = threading.Condition()
         self._running = False
         self._thread: threading.Thread | None = None
@@ -74,6 +75,33 @@ class Sampler:
     def edge(self, mark_ns: int, sensor: str) -> Edge | None:
         """The energy at a mark, if a step after it was seen."""
         return self._marks[mark_ns].get(sensor)
+
+    def course(self, sensor: str, begin_ns: int, end_ns: int) -> list[tuple[int, int]]:
+        """A counter from one mark to another, as `attribute.split` takes reads: (when in ns, mJ), both ascending.
+
+        The marks, where the energy at them is known, and the steps between them that are kept (`keep_from`).
+        """
+        first, last = self.edge(begin_ns, sensor), self.edge(end_ns, sensor)
+        with self._changed:
+            steps = self.tracks[sensor].steps(begin_ns, end_ns)
+        found = [] if first is None else [(begin_ns, first.energy_mj)]
+        ceiling = None if last is None else last.energy_mj
+        for at, mj in steps:
+            if (not found or mj >= found[-1][1]) and (ceiling is None or mj <= ceiling):
+                found.append((at, mj))
+        if ceiling is not None:
+            found.append((end_ns, max([ceiling, *(mj for _, mj in found[-1:])])))
+        return found
+
+    def keep_from(self, mark_ns: int) -> None:
+        """Forget the marks before one, and keep the counters' steps from it on, for `course`.
+
+        Without it every mark is kept, so whoever marks for days calls this as soon as windows are done with.
+        """
+        with self._changed:
+            self._kept_ns = mark_ns
+            for mark in [mark for mark in self._marks if mark < mark_ns and mark not in self._open]:
+                del self._marks[mark]
 
     def wait(self, mark_ns: int) -> None:
         """Return when the energy at a mark is known, or is not going to be."""
@@ -140,7 +168,7 @@ class Sampler:
                 self._open.remove(mark)
                 self._changed.notify_all()
         for track in self.tracks.values():
-            track.forget_before(min(self._open, default=now))
+            track.forget_before(min([*self._open, now if self._kept_ns is None else self._kept_ns]))
 
     def _watched(self, sensor: Sensor, now: int) -> bool:
         """Whether the next step of a counter should be seen as it happens."""

@@ -108,6 +108,16 @@ class Track:
             lost.append((self._read_ns if self._energy else begin_ns, end_ns))
         return sum(max(min(last, end_ns) - max(first, begin_ns), 0) for first, last in lost)
 
+    def steps(self, begin_ns: int, end_ns: int) -> list[tuple[int, int]]:
+        """The steps between two moments that are still kept: (when, energy counted then in mJ), times ascending."""
+        found: list[tuple[int, int]] = []
+        first, last = bisect_right(self._after, begin_ns), bisect_right(self._before, end_ns)
+        for step in range(first, last):
+            at = round(self._time(step))
+            if begin_ns < at < end_ns and (not found or at > found[-1][0]):
+                found.append((at, self._energy[step]))
+        return found
+
     def forget_before(self, time_ns: int) -> None:
         """Drop steps that no moment from this one on needs."""
         keep = bisect_right(self._after, time_ns) - 4

@@ -1,138 +1,63 @@
-"""Joules per request and per model version: Triton's statistics and the GPU's counter, split without a remainder.
+"""Joules per request and per model version of a running server: its statistics and traces, and the GPU's counter.
 
-Triton tells for how long each version of each model computed (statistics deltas), the counter what the board drew.
-In each interval between two looks, on each GPU:
-
-    idle      what the board draws with nothing to do (its lowest mean power over an interval without work, once there
-              was one), for the time in which nothing computed
-    shares    the rest, to the versions that computed there, by their computing time
-    unattributed   the shares of what cannot be told apart: models whose statistics do not say who computed when
-              (decoupled: streaming, in-flight batching), and intervals in which the server did not answer
-    lost      what the counter itself lost (reset, gap)
-
-Idle, shares, unattributed and lost add up to what the counter rose by, to the microjoule (gpuops.energy.attribute).
-An interval is settled one look later, when the counter's step over its end is in.
-
-Where Triton writes traces (`--trace-config`), real begin and end of every request replace the deltas
-(gpuops_serving.trace).
+A look at server and counters is booked (gpuops_serving.accounts) when it is `longest_s` old: then the counter's step
+over its end is in, the traces are written, and executions that began in it have ended, or are too long to be placed.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
 
-from gpuops.energy.attribute import Span, split
 from gpuops.energy.meter import Meter
 from gpuops.energy.nvml import open_gpus
 from gpuops.energy.sensor import Found
-from gpuops.errors import GpuopsError
+from gpuops.errors import GpuopsError, UnavailableError
+from gpuops_serving.accounts import Accounts, Course, Look, Totals
 from gpuops_serving.client import Client
+from gpuops_serving.trace import SLACK_NS, Traced, TraceReader, Window
+from gpuops_serving.work import Key, Served, Statistics, Work, key_of
 
-Key = tuple[str, str]
-"""(model, version)."""
-DECOUPLED = "streams its answers, so its statistics do not say who computed when"
-ON_CPU = "computes on the CPU, which no counter here covers"
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a server did between two looks."""
-
-    requests: Mapping[Key, int]
-    """Requests answered, failed ones included."""
-    busy_ns: Mapping[Key, int]
-    """Time in which instances computed, input and output copies included, nanoseconds."""
-
-    @classmethod
-    def between(cls, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Work:
-        """From two statistics; a version that counts anew (it was loaded again) has done what it counts now."""
-        old = {_key(entry): entry for entry in before}
-        requests, busy = {}, {}
-        for entry in after:
-            key = _key(entry)
-            now, then = _counts(entry), _counts(old.get(key, {}))
-            reset = any(a < b for a, b in zip(now, then, strict=True))
-            requests[key], busy[key] = now if reset else (now[0] - then[0], now[1] - then[1])
-        return cls(requests, busy)
-
-
-def _key(entry: Mapping[str, Any]) -> Key:
-    return str(entry["name"]), str(entry["version"])
-
-
-def _counts(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """(requests, nanoseconds computing) of a version's statistics."""
-    stats = entry.get("inference_stats", {})
-    requests = sum(int(stats.get(kind, {}).get("count", 0)) for kind in ("success", "fail"))
-    # Statistics per batch count an execution once; those per request would count it for each request that it held.
-    busy = sum(
-        int(batch.get(part, {}).get("ns", 0))
-        for batch in entry.get("batch_stats", [])
-        for part in ("compute_input", "compute_infer", "compute_output")
-    )
-    return requests, busy
-
-
-@dataclass(slots=True)
-class Totals:
-    """What was counted since the meter began; microjoules, by GPU and owner."""
-
-    shares_uj: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """By (GPU, model, version)."""
-    idle_uj: Counter[str] = field(default_factory=Counter)
-    """By GPU."""
-    unattributed_uj: Counter[str] = field(default_factory=Counter)
-    """By GPU."""
-    counted_uj: Counter[str] = field(default_factory=Counter)
-    """By GPU: what the counter rose by. Shares, idle and unattributed add up to it."""
-    lost_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By GPU: seconds that the counter did not cover."""
-    requests: Counter[Key] = field(default_factory=Counter)
-    """By (model, version), in settled intervals."""
-    unknown: dict[Key, str] = field(default_factory=dict)
-    """Why a version's joules are not known."""
-
-    def joules_per_request(self, key: Key) -> float | None:
-        """Joules by requests of a version since the meter began; None if unknown or nothing was asked."""
-        if key in self.unknown or not self.requests[key] or not self.counted_uj:
-            return None
-        return sum(uj for (_, *owner), uj in self.shares_uj.items() if tuple(owner) == key) / 1e6 / self.requests[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Interval:
-    begin: int
-    end: int
-    work: Work | None
+LONGEST_S = 10.0
+"""Executions up to this long are placed in time."""
 
 
 class ServerMeter:
     """Meters a server's models; call `poll` about once a second, or let the exporter do it.
 
     Args:
-        client: Connection to the server, which must run on this host: the GPUs read are this host's.
+        client: Connection to the server, which must run on this host and see the GPUs that this process sees.
+        trace: The server's traces, where it writes some.
         found: Sensors to count with; the visible GPUs if None.
         clock: nanoseconds; the monotonic clock, unless a test has its own.
+        longest_s: Longest execution that is placed in time, seconds; also how late a look is booked.
     """
 
     def __init__(
-        self, client: Client, *, found: Found | None = None, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        client: Client,
+        *,
+        trace: TraceReader | None = None,
+        found: Found | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+        longest_s: float = LONGEST_S,
     ) -> None:
-        self._client = client
+        self._client, self._trace, self._clock = client, trace, clock
         # What else runs on the boards is not ours: the server is another process.
         self._found = open_gpus(own=set) if found is None else found
         self._meter = Meter(found=self._found, clock=clock)
-        self._statistics: Sequence[Mapping[str, Any]] | None = None
-        self._mark: int | None = None
-        self._waiting: deque[_Interval] = deque()
-        self._idle_mw: dict[str, float] = {}
-        self._configs: dict[str, Mapping[str, Any]] = {}
-        self.totals = Totals()
-        self.last_error: str | None = None
+        self._accounts = Accounts(self._meter.ids, self._found.reason)
+        self._longest_ns = int(longest_s * 1e9)
+        self._statistics: Statistics | None = None
+        self._served: dict[Key, Served] = {}
+        self._asked: tuple[int, int] | None = None
+        self._answered = self._closed = False
+        self._waiting: deque[Look] = deque()
+        self._requests: list[Traced] = []
+        self.last_error: str | None = "the server was not asked yet"
+        """Why the server did not answer the last look; None if it did."""
 
     def __enter__(self) -> ServerMeter:
         self.poll()
@@ -142,140 +67,119 @@ class ServerMeter:
         self.close()
 
     @property
+    def totals(self) -> Totals:
+        """What was booked so far."""
+        return self._accounts.totals
+
+    @property
     def method(self) -> tuple[str, str | None]:
         """How energy is counted, and why not if it is not."""
-        return (self._found.sensors[0].method, None) if self._found.sensors else ("none", self._found.reason)
+        methods = dict.fromkeys(sensor.method for sensor in self._found.sensors)
+        return ("+".join(methods), None) if methods else ("none", self._found.reason)
+
+    @property
+    def trace_reason(self) -> str | None:
+        """Why traces were not used at the last look that had work; None if they were."""
+        return self._accounts.trace_reason if self._trace else "no traces are read"
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._client.url
+
+    @property
+    def gpus(self) -> dict[str, str]:
+        """Model of each GPU that is counted, by UUID, in CUDA's order."""
+        return self._meter.names()
+
+    @property
+    def idle_w(self) -> dict[str, float]:
+        """Lowest power seen with nothing to do, watts, by UUID of the GPU; absent until it was."""
+        return {gpu: milliwatt / 1000 for gpu, milliwatt in self._accounts.idle_mw.items()}
+
+    @property
+    def silent(self) -> dict[str, str]:
+        """Why a GPU's counter does not answer now, by UUID; absent if it does."""
+        reasons = {gpu: track.reason for gpu, track in self._meter.sampler.tracks.items()}
+        return {gpu: reason for gpu, reason in reasons.items() if reason is not None}
+
+    @property
+    def version_ids(self) -> dict[Key, str]:
+        """Version id of each version that gpuops deployed and the server serves."""
+        ids = {key: served.version_id for key, served in self._served.items()}
+        return {key: version_id for key, version_id in ids.items() if version_id is not None}
+
+    def poll(self) -> None:
+        """Look at server, counters and traces; book what is old enough."""
+        asked = self._clock()
+        statistics: Statistics | None = None
+        try:
+            statistics = self._client.statistics()
+            self.last_error = None
+        except GpuopsError as error:
+            self.last_error = str(error)
+        mark = self._meter.mark()
+        served, work, answered = dict(self._served), Work({}), statistics is not None
+        if statistics is not None:
+            if self._statistics is not None:
+                work = Work.between(self._statistics, statistics)
+            self._know(statistics, work.changed)
+            self._statistics = statistics
+        if self._asked is None:
+            self._meter.sampler.keep_from(mark)
+        else:
+            away = not (answered and self._answered)
+            self._waiting.append(Look(Window(*self._asked, asked, mark), work, away, served | self._served))
+        self._asked, self._answered = (asked, mark), answered
+        if self._trace is not None:
+            self._requests += self._trace.read()
+        self._book_until(mark - self._longest_ns)
 
     def close(self) -> None:
-        """Settle what is left and stop reading."""
+        """Look once more, book everything and stop reading; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.poll()
-            while self._waiting:
-                self._settle(self._waiting.popleft())
+            self._book_until(None)
         finally:
             self._meter.close()
 
-    def poll(self) -> None:
-        """Look at the server and the counters; settles the interval before the last."""
-        try:
-            statistics: Sequence[Mapping[str, Any]] | None = self._client.statistics()
-            self.last_error = None
-        except GpuopsError as error:
-            statistics, self.last_error = None, str(error)
-        mark = self._meter.mark()
-        if self._mark is not None:
-            work = None
-            if statistics is not None and self._statistics is not None:
-                work = Work.between(self._statistics, statistics)
-            self._waiting.append(_Interval(self._mark, mark, work))
-        if statistics is not None or self._statistics is None:
-            self._statistics = statistics
-        else:
-            self._statistics = None  # what was done meanwhile cannot be put in time: it is nobody's
-        self._mark = mark
-        while len(self._waiting) > 1:
-            self._settle(self._waiting.popleft())
-
-    def _settle(self, interval: _Interval) -> None:
-        readings = self._meter.by_sensor([(interval.begin, interval.end)])
-        if interval.work is not None:
-            self.totals.requests.update(interval.work.requests)
-        owners = {} if interval.work is None else self._owners(interval.work)
-        length = interval.end - interval.begin
-        for gpu, reading in readings.items():
-            self.totals.lost_s[gpu] += reading.lost_s
-            if reading.energy_mj is None or length <= 0:
+    def _know(self, statistics: Statistics, changed: frozenset[Key]) -> None:
+        """Ask for the configurations of versions that are new or were loaded again."""
+        known = {}
+        for key in map(key_of, statistics):
+            if key in self._served and key not in changed:
+                known[key] = self._served[key]
                 continue
-            used = {key: self._gpus_of(key[0]) for key in owners}
-            # Statistics do not say on which of its GPUs an instance computed: on each alike.
-            busy = {key: ns / len(used[key]) for key, ns in owners.items() if ns and gpu in used[key]}
-            found = split_interval(reading.energy_mj, length, busy, interval.work is None, self._idle_mw.get(gpu))
-            if interval.work is not None and not busy:
-                mean_mw = reading.energy_mj * 1e9 / length
-                self._idle_mw[gpu] = min(self._idle_mw.get(gpu, mean_mw), mean_mw)
-            self.totals.counted_uj[gpu] += reading.energy_mj * 1000
-            self.totals.idle_uj[gpu] += found.idle_uj
-            self.totals.unattributed_uj[gpu] += found.unattributed_uj
-            for (model, version), uj in found.shares_uj.items():
-                if (model, version) in self.totals.unknown:
-                    self.totals.unattributed_uj[gpu] += uj
-                else:
-                    self.totals.shares_uj[gpu, model, version] += uj
-
-    def _owners(self, work: Work) -> dict[Key, int]:
-        """Computing time by version, and a note of those whose joules cannot be known."""
-        for key in work.busy_ns:
-            config = self._config(key[0])
-            if config.get("model_transaction_policy", {}).get("decoupled"):
-                self.totals.unknown[key] = DECOUPLED
-            elif not self._found.sensors:
-                self.totals.unknown[key] = self._found.reason or "nothing counts"
-            elif not self._gpus_of(key[0]):
-                self.totals.unknown[key] = ON_CPU
-        return dict(work.busy_ns)
-
-    def _gpus_of(self, model: str) -> set[str]:
-        """GPUs that a model has instances on: all visible ones, or those its configuration numbers."""
-        ids = [sensor.id for sensor in self._found.sensors]
-        return {
-            gpu
-            for group in self._config(model).get("instance_group", [])
-            if group.get("kind") != "KIND_CPU"
-            for index, gpu in enumerate(ids)
-            if not group.get("gpus") or index in map(int, group["gpus"])
-        }
-
-    def _config(self, model: str) -> Mapping[str, Any]:
-        if model not in self._configs:
             try:
-                self._configs[model] = self._client.raw_config(model)
+                known[key] = Served.of(self._client.raw_config(*key), key[1])
+            except UnavailableError:
+                break
             except GpuopsError:
-                return {}  # asked again at the next interval
-        return self._configs[model]
+                continue  # asked again at the next look
+        self._served = known
 
+    def _book_until(self, end_ns: int | None) -> None:
+        """Book looks that ended before, all of them for None, each with those whose executions may reach into it."""
+        sampler = self._meter.sampler
+        while self._waiting and (end_ns is None or self._waiting[0].window.end_ns <= end_ns):
+            end, joined = self._waiting[0].window.end_ns, 0
+            for place, later in enumerate(islice(self._waiting, 1, None), 1):
+                if later.window.begin_ns - later.reach_ns < end:
+                    end, joined = later.window.end_ns, place
+            look = self._waiting.popleft()
+            for _ in range(joined):
+                look = look.joined(self._waiting.popleft())
+            sampler.wait(end)
+            courses = {gpu: self._course(gpu, look.window.begin_ns, end) for gpu in self._meter.ids}
+            self._accounts.book(look, courses, self._requests if self._trace else None)
+            needed = look.window.asked_again_ns - SLACK_NS
+            self._requests = [request for request in self._requests if request.done_ns > needed]
+            sampler.keep_from(end)
 
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Whose one interval's energy was, microjoules."""
-
-    shares_uj: Mapping[Key, int]
-    """By (model, version)."""
-    idle_uj: int
-    """Nobody's, as nothing computed."""
-    unattributed_uj: int
-    """Somebody's, and not known whose."""
-
-
-_IDLE = ("", "idle")  # no model has an empty name
-
-
-def split_interval(
-    energy_mj: int, length_ns: int, busy_ns: Mapping[Key, float], unknown: bool, idle_mw: float | None
-) -> Shares:
-    """Split what one GPU's counter rose by in one interval.
-
-    Args:
-        energy_mj: Rise of the counter, millijoules.
-        length_ns: Length of the interval, nanoseconds.
-        busy_ns: Computing time by version, nanoseconds, positive.
-        unknown: Nothing is known of who computed.
-        idle_mw: What the board draws with nothing to do, milliwatts; None if that was never seen: then idle time draws
-            as much as computing time does.
-    """
-    if unknown:
-        return Shares({}, 0, energy_mj * 1000)
-    computing = sum(busy_ns.values())
-    free_ns = max(length_ns - computing, 0.0)  # instances that computed at the same time leave none
-    spans: list[Span[Key]] = [Span(key, 0, length_ns, ns) for key, ns in busy_ns.items()]
-    if free_ns and busy_ns:
-        weight = free_ns
-        if idle_mw is not None and energy_mj:
-            idle_mj = min(idle_mw * free_ns / 1e9, energy_mj * 1.0)
-            # The weight that gives idle time this part of the energy; all of it leaves the others nothing.
-            weight = computing * idle_mj / (energy_mj - idle_mj) if idle_mj < energy_mj else computing * 1e9
-        if weight > 0:
-            spans.append(Span(_IDLE, 0, length_ns, weight))
-    found = split([(0, 0), (length_ns, energy_mj)], spans, gap_ns=length_ns)
-    shares = dict(found.shares_uj)
-    idle_uj = shares.pop(_IDLE, 0) + found.idle_uj
-    return Shares(shares, idle_uj, 0)
+    def _course(self, gpu: str, begin_ns: int, end_ns: int) -> Course:
+        sampler = self._meter.sampler
+        track = sampler.tracks[gpu]
+        return Course(sampler.course(gpu, begin_ns, end_ns), track.lost_ns(begin_ns, end_ns), track.reason)
