@@ -4,13 +4,13 @@
 
 The signature is made over PAE(payloadType, payload) (DSSE v1, secure-systems-lab/dsse/protocol.md), the statement is
 in-toto Statement v1. A key's id is the sha256 of its raw 32 bytes. Whoever can write a bundle can also remove its
-signature, so a verifier that trusts any key refuses a bundle without one.
+signature, so a verifier that trusts any key refuses a bundle without one. A signature says who made a bundle and that
+nobody changed it since; it does not say that there is no newer one.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Sequence
@@ -48,7 +48,8 @@ def keygen(private: str | Path, public: str | Path) -> str:
     descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(secret)
-    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    with public.open("xb") as stream:
+        stream.write(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     return _key_id(key.public_key())
 
 
@@ -83,6 +84,7 @@ def sign(bundle: str | Path, private: str | Path) -> Path:
         "signatures": [{"keyid": _key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}],
     }
     file = opened.path / SIGNATURE
+    file.unlink(missing_ok=True)  # it may be a link to somewhere else
     file.write_text(json.dumps(envelope, indent=1) + "\n")
     return file
 
@@ -100,7 +102,7 @@ def verify(bundle: str | Path, keys: Sequence[Path]) -> str:
         UnavailableError: `cryptography` is not installed.
     """
     folder = Path(bundle)
-    key_id, digests = _signed(folder, keys)
+    key_id, digests = signed_files(folder, keys)
     _compare(folder, digests)
     if missing := sorted(name for name in digests if not (folder / name).is_file()):
         raise IntegrityError(f"{folder / missing[0]} is signed and missing: {_ADVICE}")
@@ -114,16 +116,37 @@ def verify_deployed(folder: Path, keys: Sequence[Path]) -> str:
 
     The manifest must be among the signed files; what is executable beside it the repository checks itself.
     """
-    key_id, digests = _signed(folder, keys)
+    key_id, digests = signed_files(folder, keys)
     if not (folder / MANIFEST).is_file() or MANIFEST not in digests:
         raise IntegrityError(f"{folder / MANIFEST} is missing or not signed: {_ADVICE}")
     _compare(folder, digests)
     return key_id
 
 
+def key_id_of(signature: Path) -> str:
+    """Id of the key that a signature's file says it was made with; that says nothing of whether it was.
+
+    Raises:
+        IntegrityError: it is no signature.
+    """
+    _, _, entries = _envelope(signature)
+    return str(entries[0]["keyid"])
+
+
 def trusted_keys() -> list[Path]:
-    """Public keys that $GPUOPS_TRUSTED_KEYS names; empty accepts unsigned bundles."""
-    return [Path(part) for part in os.environ.get(TRUSTED, "").split(":") if part]
+    """Public keys that $GPUOPS_TRUSTED_KEYS names; none if it is not set, which accepts unsigned bundles.
+
+    Raises:
+        InputError: it is set and names none, which would silently trust everyone.
+    """
+    if (value := os.environ.get(TRUSTED)) is None:
+        return []
+    keys = [Path(part) for part in value.split(":") if part]
+    if not keys:
+        raise InputError(
+            f"${TRUSTED} is set and names no key: name public keys, or unset it to accept unsigned bundles"
+        )
+    return keys
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
@@ -132,39 +155,60 @@ def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
     return b" ".join([b"DSSEv1", str(len(kind)).encode(), kind, str(len(payload)).encode(), payload])
 
 
-def _compare(folder: Path, digests: dict[str, str]) -> None:
-    for name, digest in digests.items():
-        if (folder / name).is_file() and file_sha256(folder / name) != digest:
-            raise IntegrityError(f"{folder / name} differs from what was signed: {_ADVICE}")
+def signed_files(folder: Path, keys: Sequence[Path]) -> tuple[str, dict[str, str]]:
+    """(id of the trusted key, sha256 by file name) of what the signature in a folder was made over.
 
-
-def _signed(folder: Path, keys: Sequence[Path]) -> tuple[str, dict[str, str]]:
-    """(key id, sha256 by file name) of a signature that one of the keys made."""
+    Raises:
+        As `verify`; the files themselves are not looked at.
+    """
     file = folder / SIGNATURE
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():
         raise IntegrityError(f"{folder} is not signed and only signed bundles are trusted here: `gpuops sign` it")
-    try:
-        envelope = json.loads(file.read_text())
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        given = [base64.b64decode(entry["sig"], validate=True) for entry in envelope["signatures"]]
-        kind = envelope["payloadType"]
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
-        raise IntegrityError(f"{file} is not a signature ({error}): {_ADVICE}") from error
+    kind, payload, entries = _envelope(file)
     if kind != PAYLOAD_TYPE:
         raise IntegrityError(f"{file} signs a {kind!r}, not {PAYLOAD_TYPE!r}: {_ADVICE}")
     message = pre_authentication_encoding(kind, payload)
-    for path in keys:
-        key = _public_key(path)
-        if any(_verifies(key, signature, message) for signature in given):
+    for key in [_public_key(path) for path in keys]:
+        if any(_verifies(key, entry["sig"], message) for entry in entries):
             return _key_id(key), _subjects(file, payload)
     raise IntegrityError(f"{file} was made by none of the trusted keys ({', '.join(map(str, keys))}): {_ADVICE}")
 
 
+def _compare(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        if (folder / name).is_symlink():
+            raise IntegrityError(f"{folder / name} is a link, to what may be changed at any time: {_ADVICE}")
+        if (folder / name).is_file() and file_sha256(folder / name) != digest:
+            raise IntegrityError(f"{folder / name} differs from what was signed: {_ADVICE}")
+
+
+def _envelope(file: Path) -> tuple[str, bytes, list[dict[str, Any]]]:
+    """(payload type, payload, entries of keyid and decoded sig) of a DSSE envelope."""
+    try:
+        envelope = json.loads(file.read_text())
+        entries = [{"keyid": e.get("keyid", ""), "sig": _base64(e["sig"])} for e in envelope["signatures"]]
+        if not entries:
+            raise ValueError("no signature in it")
+        return envelope["payloadType"], _base64(envelope["payload"]), entries
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{file} is not a signature ({error}): {_ADVICE}") from error
+
+
+def _base64(text: str) -> bytes:
+    """Either alphabet, as DSSE demands of verifiers."""
+    return base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True)
+
+
 def _subjects(file: Path, payload: bytes) -> dict[str, str]:
-    statement = json.loads(payload)
-    if (statement.get("_type"), statement.get("predicateType")) != (STATEMENT_TYPE, PREDICATE_TYPE):
+    try:
+        statement = json.loads(payload)
+        kind = (statement["_type"], statement["predicateType"])
+        subjects = {str(subject["name"]): str(subject["digest"]["sha256"]) for subject in statement["subject"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{file} signs no statement ({error}): {_ADVICE}") from error
+    if kind != (STATEMENT_TYPE, PREDICATE_TYPE) or any("/" in name for name in subjects):
         raise IntegrityError(f"{file} signs another kind of statement: {_ADVICE}")
-    return {str(subject["name"]): str(subject["digest"]["sha256"]) for subject in statement["subject"]}
+    return subjects
 
 
 def _verifies(key: Any, signature: bytes, message: bytes) -> bool:

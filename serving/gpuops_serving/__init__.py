@@ -12,12 +12,16 @@ lazy names: a function called like its own module would be replaced by the modul
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gpuops_serving.aio import AsyncClient as AsyncClient
     from gpuops_serving.client import Client as Client
     from gpuops_serving.repository import deploy as deploy
     from gpuops_serving.server import TritonServer as TritonServer
+    from gpuops_serving.triton import Triton as Triton
 
 _HOME = {
+    "AsyncClient": "gpuops_serving.aio",
     "Client": "gpuops_serving.client",
+    "Triton": "gpuops_serving.triton",
     "TritonServer": "gpuops_serving.server",
     "deploy": "gpuops_serving.repository",
 }

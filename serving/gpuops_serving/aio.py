@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from itertools import islice
 from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
@@ -17,21 +18,9 @@ import tritonclient.http.aio
 from gpuops.errors import GpuopsError, InputError
 from gpuops.spec import Arrays
 from gpuops_serving.client import call_options
-from gpuops_serving.config import SAMPLE, VERSION_ID
-from gpuops_serving.wire import (
-    CHANNEL,
-    FAILURES,
-    Address,
-    Answer,
-    Attempts,
-    Call,
-    ModelConfig,
-    ModelState,
-    Operations,
-    Steps,
-    Tls,
-    translated,
-)
+from gpuops_serving.failures import FAILURES, Attempts, translated
+from gpuops_serving.operations import Call, Operations, Steps
+from gpuops_serving.wire import CHANNEL, Address, Answer, ModelConfig, ModelState, Tls
 
 T = TypeVar("T")
 CONNECTIONS = 1000
@@ -63,6 +52,7 @@ class AsyncClient:
         self._address = Address.parse(url, timeout_s, tls, access, headers, retries)
         self._operations = Operations(self._address, tritonclient.grpc if self._address.grpc else tritonclient.http)
         self._connection = _connect(self._address)
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,6 +67,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
+        self._closed = True
         await self._connection.close()
 
     async def infer(self, model: str, inputs: Arrays, version: str = "") -> dict[str, npt.NDArray[Any]]:
@@ -87,13 +78,33 @@ class AsyncClient:
         """As `Client.answer`."""
         return await self._run(self._operations.answer(model, inputs, version))
 
+    async def stream(
+        self, model: str, batches: Iterable[Arrays], *, version: str = "", in_flight: int = 4
+    ) -> AsyncIterator[dict[str, npt.NDArray[Any]]]:
+        """As `Client.stream`; closing it before its end cancels what is on its way."""
+        if in_flight < 1:
+            raise InputError(f"{in_flight} requests in flight: at least 1")
+        source = iter(batches)
+        waiting: deque[asyncio.Task[dict[str, npt.NDArray[Any]]]] = deque()
+        try:
+            waiting.extend(asyncio.create_task(self.infer(model, b, version)) for b in islice(source, in_flight))
+            while waiting:
+                answer = await waiting[0]
+                waiting.popleft()
+                waiting.extend(asyncio.create_task(self.infer(model, b, version)) for b in islice(source, 1))
+                yield answer
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
     async def server_version(self) -> str:
         """As `Client.server_version`."""
-        return str((await self._call(Call("get_server_metadata")))["version"])
+        return await self._run(self._operations.server("version"))
 
     async def server_id(self) -> str:
         """As `Client.server_id`."""
-        return str((await self._call(Call("get_server_metadata")))["name"])
+        return await self._run(self._operations.server("name"))
 
     async def models(self) -> list[ModelState]:
         """As `Client.models`."""
@@ -125,17 +136,11 @@ class AsyncClient:
 
     async def version_id(self, model: str, version: str = "") -> str:
         """As `Client.version_id`."""
-        return await self._parameter(model, f"{VERSION_ID}.{version}" if version else VERSION_ID)
+        return await self._run(self._operations.version_id(model, version))
 
     async def sample(self, model: str) -> Any:
         """As `Client.sample`."""
-        return json.loads(await self._parameter(model, SAMPLE))
-
-    async def _parameter(self, model: str, key: str) -> str:
-        parameters = (await self.config(model))["parameters"]
-        if key not in parameters:
-            raise InputError(f"{self.url}: model {model!r} has no {key}: deploy it with `gpuops deploy`")
-        return parameters[key]
+        return await self._run(self._operations.sample(model))
 
     async def _run(self, steps: Steps[T]) -> T:
         """Carry out an operation."""
@@ -153,12 +158,18 @@ class AsyncClient:
             return result
 
     async def _call(self, call: Call) -> Any:
+        if self._closed:
+            raise InputError(f"this client of {self.url} is closed: open another")
         options = call_options(call, self._address)
         method = getattr(self._connection, call.method)
         attempts = Attempts(self._address, time.monotonic())
         while True:
+            left_s = attempts.left_s(time.monotonic())
             try:
-                return await method(*call.arguments, **options)
+                if self._address.grpc:
+                    return await method(*call.arguments, client_timeout=left_s, **options)
+                async with asyncio.timeout(left_s):
+                    return await method(*call.arguments, **options)
             except FAILURES as error:
                 wait_s = attempts.wait_s(call, error, time.monotonic())
                 if wait_s is None:

@@ -1,21 +1,23 @@
 """Ask a Triton server, over HTTP or gRPC, with arrays in and arrays out.
 
-A client holds one connection and is for one thread (`gpuops_serving.aio.AsyncClient` is for many tasks of one loop).
-Close it (`with`): an open HTTP keep-alive connection holds up Triton's shutdown for up to 30 s.
+A client holds one connection and is for one thread at a time (`gpuops_serving.aio.AsyncClient` is for many tasks of one
+loop). Close it (`with`): an open HTTP keep-alive connection holds up Triton's shutdown for up to 30 s.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, Self
 
+import gevent
+import gevent.ssl
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
@@ -23,21 +25,9 @@ import tritonclient.http
 
 from gpuops.errors import InputError
 from gpuops.spec import Arrays
-from gpuops_serving.config import SAMPLE, VERSION_ID
-from gpuops_serving.wire import (
-    CHANNEL,
-    FAILURES,
-    Address,
-    Answer,
-    Attempts,
-    Call,
-    ModelConfig,
-    ModelState,
-    Operations,
-    Tls,
-    run,
-    translated,
-)
+from gpuops_serving.failures import FAILURES, Attempts, translated
+from gpuops_serving.operations import Call, Operations, run
+from gpuops_serving.wire import CHANNEL, Address, Answer, ModelConfig, ModelState, Tls
 
 __all__ = ["Answer", "Client", "ModelConfig", "ModelState", "Tls", "group"]
 
@@ -47,16 +37,17 @@ class Client:
 
     Args:
         url: `http://HOST:PORT` or `grpc://HOST:PORT`; `https` and `grpcs` for TLS (Triton's own HTTP port has none).
-        timeout_s: Longest time to wait for one answer, retries included, in seconds.
+        timeout_s: Longest time to wait for the answer to one request, retries included, in seconds.
         tls: Certificates, where the system's list is not enough.
         access: (name, secret) of the key to a server's restricted APIs.
         headers: Sent with every call.
         retries: How often a call is repeated when the server is away or turns it away (connection refused or reset,
             UNAVAILABLE, 503). Never after a timeout, as the request may still run; never loading or unloading; never a
-            request to a model with sequence batching, as it holds state.
+            request to a model with sequence batching, as it holds state. (A question that is not a request, the library
+            below asks up to three times itself if the connection is closed on it.)
 
     Raises:
-        InputError: the URL is none, or a TLS file is not there.
+        InputError: the URL is none, a header cannot be sent, or a TLS file is not there or none.
     """
 
     def __init__(
@@ -74,6 +65,9 @@ class Client:
         self.protocol: ModuleType = tritonclient.grpc if self._address.grpc else tritonclient.http
         self._operations = Operations(self._address, self.protocol)
         self._connection = _connect(self._address)
+        self._closed = False
+        self._in_use = threading.Lock()
+        self._thread = threading.current_thread()
 
     def __enter__(self) -> Self:
         return self
@@ -93,10 +87,14 @@ class Client:
 
     def close(self) -> None:
         """Close the connection."""
+        self._closed = True
         self._connection.close()
 
     def again(self) -> Client:
-        """Another connection to the same server, for another thread."""
+        """Another client of the same server, for another thread.
+
+        Over HTTP every thread that asks gets an event loop (two file descriptors) that it keeps for life: keep threads.
+        """
         return Client(self.url, self._address.timeout_s, **self._options)  # type: ignore[arg-type]
 
     def infer(self, model: str, inputs: Arrays, version: str = "") -> dict[str, npt.NDArray[Any]]:
@@ -126,48 +124,64 @@ class Client:
     ) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Answers to many batches in their order, several requests going at a time so that the server can join them.
 
+        Closing it before its end sends nothing more and waits for what is on its way.
+
         Args:
             model: Model name.
             batches: Inputs by name, one request each (`group` makes them of single samples); read as answers are taken.
             version: Version number; empty is the version the server chooses.
-            in_flight: Requests going at a time, each on a connection of its own.
+            in_flight: Requests going at a time, each on a connection and in a thread of its own.
 
         Raises:
             As `infer`, for the first request that fails; what was not sent yet is not sent.
         """
-        local = threading.local()
-        opened: list[Client] = []
-
-        def ask(batch: Arrays) -> dict[str, npt.NDArray[Any]]:
-            if not hasattr(local, "client"):
-                local.client = self.again()
-                opened.append(local.client)
-            client: Client = local.client
-            return client.infer(model, batch, version)
-
+        if in_flight < 1:
+            raise InputError(f"{in_flight} requests in flight: at least 1")
         source = iter(batches)
-        waiting: deque[Future[dict[str, npt.NDArray[Any]]]] = deque()
-        with ThreadPoolExecutor(in_flight) as threads:
-            try:
-                waiting.extend(threads.submit(ask, batch) for batch in islice(source, in_flight))
-                while waiting:
-                    answer = waiting.popleft().result()
-                    waiting.extend(threads.submit(ask, batch) for batch in islice(source, 1))
-                    yield answer
-            finally:
-                for future in waiting:
-                    future.cancel()
-                threads.shutdown()
-                for client in opened:
-                    client.close()
+        jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        waiting: deque[_Job] = deque()
+        threads: list[threading.Thread] = []
+        try:
+            for batch in islice(source, in_flight):
+                threads.append(threading.Thread(target=self._work, args=(jobs, model, version), daemon=True))
+                threads[-1].start()
+                waiting.append(_Job(batch))
+                jobs.put(waiting[-1])
+            while waiting:
+                answer = waiting.popleft().future.result()
+                for batch in islice(source, 1):
+                    waiting.append(_Job(batch))
+                    jobs.put(waiting[-1])
+                yield answer
+        finally:
+            for _ in threads:
+                jobs.put(None)
+            for thread in threads:
+                thread.join()
+
+    def _work(self, jobs: SimpleQueue[_Job | None], model: str, version: str) -> None:
+        """Answer jobs until there is a None."""
+        client = None
+        try:
+            while (job := jobs.get()) is not None:
+                try:
+                    client = client or self.again()
+                    job.future.set_result(client.infer(model, job.batch, version))
+                except BaseException as error:
+                    job.future.set_exception(error)
+        finally:
+            if client is not None:
+                client.close()
+            if not self.grpc:  # else the event loop of this thread would outlive it
+                gevent.get_hub().destroy(destroy_loop=True)
 
     def server_version(self) -> str:
         """Version of the server, for example "2.51.0"."""
-        return str(self.call(Call("get_server_metadata"))["version"])
+        return run(self._operations.server("version"), self.call)
 
     def server_id(self) -> str:
         """Name that the server was started with (`--id`)."""
-        return str(self.call(Call("get_server_metadata"))["name"])
+        return run(self._operations.server("name"), self.call)
 
     def models(self) -> list[ModelState]:
         """Versions in the server's repository and their states."""
@@ -208,26 +222,45 @@ class Client:
 
     def version_id(self, model: str, version: str = "") -> str:
         """Version id (lineage) of a version, or of the one that the server chooses."""
-        return self._parameter(model, f"{VERSION_ID}.{version}" if version else VERSION_ID)
+        return run(self._operations.version_id(model, version), self.call)
 
     def sample(self, model: str) -> Any:
         """The manifest's "sample": how the model's samples are cut out of the arrays it was trained on."""
-        return json.loads(self._parameter(model, SAMPLE))
-
-    def _parameter(self, model: str, key: str) -> str:
-        parameters = self.config(model)["parameters"]
-        if key not in parameters:
-            raise InputError(f"{self.url}: model {model!r} has no {key}: deploy it with `gpuops deploy`")
-        return parameters[key]
+        return run(self._operations.sample(model), self.call)
 
     def call(self, call: Call) -> Any:
         """One call of tritonclient, again where that is safe, its errors turned into ours."""
+        if self._closed:
+            raise InputError(f"this client of {self.url} is closed: open another")
+        if self.grpc:  # made for many threads
+            return self._attempts(call)
+        # Two threads in one HTTP connection would wait for each other for ever.
+        if not self._in_use.acquire(blocking=False):
+            raise InputError(f"this client of {self.url} is in use by another thread: give each its own, with again()")
+        try:
+            if self._thread is not threading.current_thread():  # whose event loop alone can wait on the connection
+                self._connection.close()
+                self._connection = _connect(self._address)
+                self._thread = threading.current_thread()
+            return self._attempts(call)
+        finally:
+            self._in_use.release()
+
+    def _attempts(self, call: Call) -> Any:
         options = call_options(call, self._address)
         method = getattr(self._connection, call.method)
         attempts = Attempts(self._address, time.monotonic())
         while True:
+            left_s = attempts.left_s(time.monotonic())
             try:
-                return method(*call.arguments, **options)
+                if self.grpc:
+                    return method(*call.arguments, client_timeout=left_s, **options)
+                # The library's own limit is one for each read, which a server that drips never reaches.
+                limit = gevent.Timeout.start_new(left_s, TimeoutError(f"nothing within {left_s:.3g} s"))
+                try:
+                    return method(*call.arguments, **options)
+                finally:
+                    limit.close()
             except FAILURES as error:
                 wait_s = attempts.wait_s(call, error, time.monotonic())
                 if wait_s is None:
@@ -235,15 +268,21 @@ class Client:
                 time.sleep(wait_s)
 
 
+class _Job:
+    """One request of a stream, and where its answer goes."""
+
+    def __init__(self, batch: Arrays) -> None:
+        self.batch = batch
+        self.future: Future[dict[str, npt.NDArray[Any]]] = Future()
+
+
 def call_options(call: Call, address: Address) -> dict[str, Any]:
-    """Keyword arguments of one call of tritonclient."""
+    """Keyword arguments of one call of tritonclient, but for its time limit."""
     options: dict[str, Any] = dict(call.options or {})
     if address.headers:
         options["headers"] = dict(address.headers)
-    if address.grpc:
-        options["client_timeout"] = address.timeout_s
-        if not call.as_result and call.method not in ("load_model", "unload_model"):
-            options["as_json"] = True
+    if address.grpc and not call.as_result and call.method not in ("load_model", "unload_model"):
+        options["as_json"] = True
     return options
 
 
@@ -260,8 +299,9 @@ def _connect(address: Address) -> Any:
         return tritonclient.grpc.InferenceServerClient(address.authority, channel_args=CHANNEL, **tls)
     https: dict[str, Any] = {}
     if address.tls is not None:
-        context = address.tls.context()
-        https = {"ssl": True, "ssl_context_factory": lambda: context}
+        context = address.tls.context(gevent.ssl.create_default_context)
+        # It must take `cafile`, or geventhttpclient adds the authorities of the whole Web to ours.
+        https = {"ssl": True, "ssl_context_factory": lambda cafile: context}
     return tritonclient.http.InferenceServerClient(
         address.authority, connection_timeout=address.timeout_s, network_timeout=address.timeout_s, **https
     )

@@ -27,10 +27,9 @@ CONTAINER_IMAGE = "gpuops-serving"
 """Image that Dockerfile.cuda builds."""
 CONTAINER_PORTS = (8000, 8001, 8002)
 """HTTP, gRPC and metrics inside the container."""
-RESTRICTED = ("model-repository", "trace", "logging")
-"""Parts of the API that need the key where models can be loaded through it: loading a model is running code."""
 CLOSED = ("trace", "logging", "shared-memory")
-"""Parts of the API that a container closes; health, metadata, inference, statistics and the repository's index stay."""
+"""Parts of the API that nobody needs who asks a model: only the key opens them. Health, metadata, inference, statistics
+and, without model control, the repository's index stay open."""
 EXIT_TIMEOUT_S = 40
 """How long a server may finish its requests before it ends; whoever stops a container must wait longer."""
 STOP_TIMEOUT_S = 60
@@ -56,19 +55,21 @@ class ServerTls:
         return found if self.root is None else [*found, "--grpc-use-ssl-mutual=1", f"--grpc-root-cert={self.root}"]
 
 
-def control_flags(models: Sequence[str], access: tuple[str, str] | None) -> list[str]:
+def control_flags(models: Sequence[str], access: tuple[str, str] | None, *, shared_memory: bool = False) -> list[str]:
     """Flags that fix what is served at start, or let the owner of a key change it.
 
     Args:
         models: Names to load at start where models can be loaded later.
         access: (name, secret) of the key to the restricted APIs; None serves what is there and loads nothing later.
+        shared_memory: Let every client attach memory of this host; a client could attach the server's own.
     """
-    if access is None:
-        return ["--model-control-mode=none"]
+    closed = [api for api in CLOSED if not (shared_memory and api == "shared-memory")]
+    if access is None:  # a key that nobody has
+        return ["--model-control-mode=none", *_restricted(closed, ("gpuops-closed", secrets.token_hex(16)))]
     return [
         "--model-control-mode=explicit",
         *(f"--load-model={name}" for name in models),
-        *_restricted(RESTRICTED, access),
+        *_restricted(["model-repository", *closed], access),
     ]
 
 
@@ -86,7 +87,6 @@ def container_flags(repository: Path, host: str) -> list[str]:
         "--disable-auto-complete-config",  # `deploy` writes all of it
         *(f"--{endpoint}-address={host}" for endpoint in ("http", "grpc", "metrics")),
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-        *_restricted(CLOSED, ("gpuops-closed", secrets.token_hex(16))),
     ]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from gpuops.bundle import Golden
 from gpuops.errors import IntegrityError
 from gpuops_serving.client import Client
@@ -40,13 +42,17 @@ def probe(client: Client, model: str, golden: Golden, tolerance: float, *, versi
 
     Raises:
         InputError, UnavailableError: the server does not answer such a request.
-        IntegrityError: it answers something else.
+        IntegrityError: it answers something else, or another version does.
     """
+    # In another order each time: a response cache must not answer for a model that is dead.
+    golden = golden.take(np.random.default_rng().permutation(len(next(iter(golden.inputs.values())))))
     start = time.perf_counter()
     answer = client.answer(model, golden.inputs, version)
     ms = (time.perf_counter() - start) * 1e3
+    if version and answer.version != version:
+        raise IntegrityError(f"{client.url}: version {answer.version} of {model!r} answers in place of {version}")
     difference = golden.max_abs_diff(answer.outputs)
-    if not difference <= tolerance:
+    if not golden.agrees(answer.outputs, tolerance):
         raise IntegrityError(
             f"{client.url}: version {answer.version} of {model!r} differs from its golden answers by {difference:g} "
             f"(tolerance {tolerance:g}): do not use it; deploy its bundle again"

@@ -1,4 +1,4 @@
-"""System shared memory between a client and a server of one host: what is sent is where samples and answers lie.
+"""Shared memory between a client and a server of one host: what is sent is where samples and answers lie.
 
 Worth it for large samples. Servers from 26.04 (2.68) on allow it only with --allow-client-shm.
 """
@@ -11,42 +11,51 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from tritonclient.utils import np_to_triton_dtype, shared_memory
+from tritonclient.utils import np_to_triton_dtype
 
 from gpuops.errors import GpuopsError, InputError, IntegrityError, UnavailableError
-from gpuops.spec import Arrays, Signature, TensorSpec
+from gpuops.spec import Arrays
 from gpuops_serving.client import Client
-from gpuops_serving.wire import Call, ModelConfig
+from gpuops_serving.operations import Call, takes
+from gpuops_serving.regions import CudaRegion, Region, SystemRegion
+from gpuops_serving.wire import ModelConfig, Tensor
 
 PREFIX = "gpuops-client-"
 """How our regions in /dev/shm are called."""
+_MARK = 4
+"""Bytes of an answer's place that are written before each request and must be others after it."""
 
 
 class SharedMemory:
-    """One region for the inputs and one for the outputs of a model, used for every request; close it.
+    """A region for each tensor of a model, used for every request; close it.
 
-        with SharedMemory(client, "forecast") as region:
-            answers = region.infer({"x": stored})
+        with SharedMemory(client, "forecast") as shared:
+            answers = shared.infer({"x": stored})
+
+    With a GPU's memory the inputs may be tensors that lie there already (DLPack, as torch's).
 
     Args:
         client: Connection to a server of this host; used by this alone meanwhile.
         model: Model name; its dims must be fixed.
+        gpu: Number of the GPU whose memory is shared, for a model that runs there; None shares the system's.
 
     Raises:
-        InputError: the model has free dimensions, text or no batch axis.
-        UnavailableError: the server does not allow shared memory, or does not share this host's.
+        InputError: the model has free dimensions, text, no batch axis, or holds state.
+        UnavailableError: the server does not allow shared memory or does not share this host's; or no such GPU, or no
+            cuda-python.
     """
 
-    def __init__(self, client: Client, model: str) -> None:
-        self._client, self._model = client, model
-        config = client.config(model)
-        self.signature = _signature(config)
-        self._names: list[str] = []
-        self._handles: list[Any] = []
-        self._places: dict[str, tuple[str, Any, int, int]] = {}
+    def __init__(self, client: Client, model: str, *, gpu: int | None = None) -> None:
+        self._client, self._model, self._gpu = client, model, gpu
+        self._config = client.config(model)
+        _refuse_unfit(self._config)
+        self._inputs: dict[str, Region] = {}
+        self._outputs: dict[str, Region] = {}
+        self._lost = False
         try:
-            for side, specs in (("in", self.signature.inputs), ("out", self.signature.outputs)):
-                self._open(side, specs)
+            for regions, tensors in ((self._inputs, self._config["inputs"]), (self._outputs, self._config["outputs"])):
+                for tensor in tensors:
+                    self._open(regions, tensor)
         except BaseException:
             self.close()
             raise
@@ -59,79 +68,123 @@ class SharedMemory:
 
     def close(self) -> None:
         """Tell the server to forget the regions, and remove them."""
-        for name in self._names:
-            with suppress(GpuopsError):  # a server that is gone has forgotten them
-                self._client.call(Call("unregister_system_shared_memory", (name,), as_result=True))
-        for handle in self._handles:
-            shared_memory.destroy_shared_memory_region(handle)
-        self._names, self._handles = [], []
+        regions = [*self._inputs.values(), *self._outputs.values()]
+        self._inputs, self._outputs = {}, {}
+        for region in regions:
+            # A request that we no longer wait for may still be answered into the region: then the server keeps its
+            # mapping until it ends, as it would crash without.
+            if not self._lost:
+                with suppress(GpuopsError):  # a server that is gone has forgotten them, as has one that refused them
+                    self._client.call(region.deregistration())
+            region.destroy()
 
     def infer(self, inputs: Arrays, version: str = "") -> dict[str, npt.NDArray[Any]]:
         """As `Client.infer`, for at most the model's largest batch; the answers are copies of what lies in the region.
 
         Raises:
             InputError: not these inputs, or closed.
-            UnavailableError, IntegrityError: as `Client.infer`.
+            UnavailableError: as `Client.infer`. The region cannot be used any more, as the answer may still come.
+            IntegrityError: the answer is not what its own header or the model's configuration says.
         """
-        if not self._handles:
+        if self._lost:
+            raise InputError("a request in this shared memory was not answered and may still be: open another")
+        if not self._outputs:
             raise InputError("this shared memory is closed: open another")
-        size = self.signature.check(inputs)
+        size = self._check(inputs)
+        mark = secrets.token_bytes(_MARK)
+        result, unwritten = self._ask(inputs, version, size, mark)
+        if unwritten:  # by chance, or because the server wrote nothing: no answer is equal to both marks
+            result, again = self._ask(inputs, version, size, bytes(255 - byte for byte in mark))
+            if unwritten & again:
+                raise IntegrityError(
+                    f"{self._client.url}: model {self._model!r} answered {min(unwritten & again)!r} with too few bytes "
+                    "for its shape: do not use it (python backend under NumPy 2 without DLPack?)"
+                )
+        return {tensor["name"]: self._read(result, tensor, size) for tensor in self._config["outputs"]}
+
+    def _ask(self, inputs: Arrays, version: str, size: int, mark: bytes) -> tuple[Any, set[str]]:
+        """(tritonclient's result, names of the outputs that still end in `mark`) of one request."""
         protocol = self._client.protocol
         asked, wanted = [], []
-        for spec in self.signature.inputs:
-            name, handle, offset, _ = self._places[f"in/{spec.name}"]
-            array = np.ascontiguousarray(inputs[spec.name])
-            shared_memory.set_shared_memory_region(handle, [array], offset)
-            tensor = protocol.InferInput(spec.name, list(array.shape), np_to_triton_dtype(array.dtype))
-            tensor.set_shared_memory(name, array.nbytes, offset)
-            asked.append(tensor)
-        for spec in self.signature.outputs:
-            name, _, offset, each = self._places[f"out/{spec.name}"]
-            output = protocol.InferRequestedOutput(spec.name)
-            output.set_shared_memory(name, each * size, offset)
+        for tensor in self._config["inputs"]:
+            name, array = tensor["name"], inputs[tensor["name"]]
+            self._inputs[name].write(array)
+            sent = protocol.InferInput(name, list(array.shape), np_to_triton_dtype(np.dtype(tensor["dtype"])))
+            sent.set_shared_memory(self._inputs[name].name, size * _bytes(tensor))
+            asked.append(sent)
+        for tensor in self._config["outputs"]:
+            name = tensor["name"]
+            self._outputs[name].mark(size * _bytes(tensor), mark)
+            output = protocol.InferRequestedOutput(name)
+            output.set_shared_memory(self._outputs[name].name, size * _bytes(tensor))
             wanted.append(output)
-        result = self._client.call(
-            Call("infer", (self._model, asked, version), {"outputs": wanted}, as_result=True, repeatable=False)
-        )
-        return {spec.name: self._read(result, spec, size) for spec in self.signature.outputs}
+        # Sent once: were the first of two requests answered late, it would overwrite the answer to the next one.
+        call = Call("infer", (self._model, asked, version), {"outputs": wanted}, as_result=True, repeatable=False)
+        try:
+            result = self._client.call(call)
+        except InputError:
+            raise
+        except BaseException:
+            self._lost = True
+            raise
+        outputs = {tensor["name"]: size * _bytes(tensor) for tensor in self._config["outputs"]}
+        return result, {name for name, count in outputs.items() if self._outputs[name].marked(count, mark)}
 
-    def _open(self, side: str, specs: tuple[TensorSpec, ...]) -> None:
-        name = f"{PREFIX}{secrets.token_hex(6)}-{side}"
-        offset, places = 0, {}
-        for spec in specs:
-            each = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-            places[f"{side}/{spec.name}"] = (offset, each)
-            offset += -(-each * self.signature.max_batch // 64) * 64  # aligned to a cache line
+    def _check(self, inputs: Arrays) -> int:
+        """Number of samples; InputError unless `inputs` are what the model takes."""
+        wanted = {tensor["name"]: tensor for tensor in self._config["inputs"]}
+        fit = inputs.keys() == wanted.keys() and all(
+            _dtype(array) == wanted[name]["dtype"] and list(array.shape[1:]) == wanted[name]["shape"]
+            for name, array in inputs.items()
+        )
+        sizes = {len(array) for array in inputs.values() if array.ndim}
+        if not fit or len(sizes) != 1:
+            got = ", ".join(f"{name} {_dtype(array)} {list(array.shape)}" for name, array in inputs.items())
+            raise InputError(f"{takes(self._config)}, got {got or 'nothing'}")
+        size = sizes.pop()
+        if not 1 <= size <= self._config["max_batch_size"]:
+            raise InputError(
+                f"batch of {size} samples; {self._model!r} takes 1 to {self._config['max_batch_size']}: "
+                "split the request"
+            )
+        return size
+
+    def _open(self, regions: dict[str, Region], tensor: Tensor) -> None:
+        name, size = f"{PREFIX}{secrets.token_hex(8)}", self._config["max_batch_size"] * _bytes(tensor)
+        region: Region = SystemRegion(name, size) if self._gpu is None else CudaRegion(name, size, self._gpu)
+        regions[tensor["name"]] = region
         try:
-            handle = shared_memory.create_shared_memory_region(name, f"/{name}", max(offset, 1))
-        except shared_memory.SharedMemoryException as error:
-            raise UnavailableError(f"no shared memory of {offset} bytes ({error}): make /dev/shm larger") from error
-        self._handles.append(handle)
-        self._places |= {key: (name, handle, at, each) for key, (at, each) in places.items()}
-        try:
-            self._client.call(Call("register_system_shared_memory", (name, f"/{name}", max(offset, 1)), as_result=True))
+            self._client.call(region.registration())
         except GpuopsError as error:
             raise UnavailableError(
                 f"{error}; the server must run on this host, with --allow-client-shm from 26.04 on: or ask without"
             ) from error
-        self._names.append(name)
 
-    def _read(self, result: Any, spec: TensorSpec, size: int) -> npt.NDArray[Any]:
-        output = result.get_output(spec.name)
-        shape = () if output is None else tuple(output.shape if self._client.grpc else output["shape"])
-        if shape != (size, *spec.shape):
+    def _read(self, result: Any, tensor: Tensor, size: int) -> npt.NDArray[Any]:
+        output = result.get_output(tensor["name"])
+        shape = [] if output is None else list(output.shape if self._client.grpc else output["shape"])
+        if shape != [size, *tensor["shape"]]:
             raise IntegrityError(
-                f"{self._client.url}: model {self._model!r} answered {spec.name!r} with shape {list(shape)}, its "
-                f"configuration says {[size, *spec.shape]}: deploy it again"
+                f"{self._client.url}: model {self._model!r} answered {tensor['name']!r} with shape {shape}, its "
+                f"configuration says {[size, *tensor['shape']]}: deploy it again"
             )
-        _, handle, offset, _ = self._places[f"out/{spec.name}"]
-        return np.array(shared_memory.get_contents_as_numpy(handle, np.dtype(spec.dtype), shape, offset))
+        return self._outputs[tensor["name"]].read(tensor["dtype"], shape)
 
 
-def _signature(config: ModelConfig) -> Signature:
-    sides = []
-    for side in (config["inputs"], config["outputs"]):
-        if any(d < 0 for tensor in side for d in tensor["shape"]) or not config["max_batch_size"]:
-            raise InputError(f"{config['name']!r} has free dimensions or no batch axis: ask it without shared memory")
-        sides.append(tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in side))
-    return Signature(sides[0], sides[1], config["max_batch_size"])
+def _dtype(array: Any) -> str:
+    """NumPy's name of an array's type, which may be a tensor of torch on a GPU."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of one sample."""
+    return int(np.prod(tensor["shape"])) * np.dtype(tensor["dtype"]).itemsize
+
+
+def _refuse_unfit(config: ModelConfig) -> None:
+    tensors = [*config["inputs"], *config["outputs"]]
+    free = any(d < 1 for tensor in tensors for d in tensor["shape"]) or not config["max_batch_size"]
+    if free or config["stateful"] or any(tensor["dtype"].startswith("TYPE_") for tensor in tensors):
+        raise InputError(
+            f"{config['name']!r} has free dimensions, text, no batch axis or holds state: ask it without shared memory"
+        )

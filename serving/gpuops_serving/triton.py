@@ -9,60 +9,54 @@ A golden request of such a model is recorded from the live model: what it answer
 
 from __future__ import annotations
 
-import json
-import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from gpuops.atomic import new_directory
-from gpuops.bundle import Golden
 from gpuops.errors import GpuopsError, InputError, IntegrityError
 from gpuops.spec import Arrays
 from gpuops_serving.client import Client, ModelConfig
 from gpuops_serving.compare import Limits, Target, Verdict, compare
+from gpuops_serving.gates import security_warnings
 from gpuops_serving.metrics import ServerMeter
-from gpuops_serving.probe import probe
+from gpuops_serving.recorded import (
+    Recorded,
+    differences,
+    example_inputs,
+    recorded_in,
+    rounding,
+    rows,
+    says_something,
+)
+from gpuops_serving.repository import served_versions
 
 SAMPLES = 4
 """Samples of a recorded golden request, at most."""
 REPEATS = 3
 """How often it is asked while it is recorded: an answer that varies gets that much tolerance."""
 SLACK = 4.0
-"""Tolerance by what varied; and float32 roundings allowed at the largest answer."""
+"""Tolerance by what varied, and by one rounding at the largest answer."""
+COMPARED = 8
+"""Random requests that versions are compared on if none are given."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """A golden request recorded from a live model."""
+class Recording:
+    """What was recorded of a server."""
 
-    model: str
-    """Model name."""
-    version: str
-    """Version number."""
-    golden: Golden
-    """Inputs and answers."""
-    tolerance: float
-    """Largest absolute difference that passes."""
+    recorded: list[Recorded]
+    """Golden requests."""
+    skipped: dict[str, str]
+    """Why there is none, by MODEL:VERSION."""
 
-    def save(self, folder: Path) -> None:
-        """Write golden.npz and recorded.json."""
-        self.golden.save(folder / "golden.npz")
-        about = {"model": self.model, "version": self.version, "tolerance": self.tolerance}
-        (folder / "recorded.json").write_text(json.dumps(about, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> Recorded:
-        """Inverse of `save`; InputError if it is not there."""
-        try:
-            about = json.loads((folder / "recorded.json").read_text())
-            return cls(about["model"], about["version"], Golden.load(folder / "golden.npz"), about["tolerance"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder} holds no golden request ({error}): record it again") from error
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, without the arrays."""
+        made = [{"model": r.model, "version": r.version, "tolerance": r.tolerance} for r in self.recorded]
+        return {"recorded": made, "skipped": self.skipped}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +69,37 @@ class Finding:
     """Version number."""
     ok: bool
     """Whether it was answered as recorded."""
+    says_ready: bool | None
+    """What the server's own health endpoint says of it; None if that was not answered."""
     ms: float | None
     """Time to the answer, milliseconds; None if there was none."""
     max_abs_diff: float | None
-    """Largest absolute difference from what was recorded; None if there was no answer."""
+    """Largest absolute difference from what was recorded; None if there is no such number."""
     reason: str | None
     """What is wrong."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the golden requests of a server found."""
+
+    findings: list[Finding]
+    """One a golden request, by model and version."""
+    unknown: list[str]
+    """MODEL:VERSION that are ready and have no golden request, so nothing is known of them."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every golden request was answered as recorded."""
+        return all(finding.ok for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"ok": self.ok, "findings": [finding.to_json() for finding in self.findings], "unknown": self.unknown}
 
 
 class Triton:
@@ -104,9 +119,19 @@ class Triton:
     def __exit__(self, *exception: object) -> None:
         self.client.close()
 
-    def versions(self) -> list[tuple[str, str]]:
-        """(model, version) of all that are ready."""
-        return sorted((s.name, s.version) for s in self.client.models() if s.state == "READY" and s.version)
+    def versions(self) -> list[Target]:
+        """What is ready.
+
+        Raises:
+            InputError: the server does not show its repository's index without `access`.
+            UnavailableError: it cannot be reached.
+        """
+        ready = {(s.name, int(s.version)) for s in self.client.models() if s.state == "READY" and s.version}
+        return [Target(model, str(version)) for model, version in sorted(ready)]
+
+    def warnings(self) -> list[str]:
+        """What is known to be wrong with a server of this version (gpuops_serving.gates)."""
+        return security_warnings(self.client.server_version())
 
     def record(
         self,
@@ -116,7 +141,7 @@ class Triton:
         only: Sequence[str] = (),
         overwrite: bool = False,
         say: Callable[[str], None] = lambda _: None,
-    ) -> list[Recorded]:
+    ) -> Recording:
         """Record a golden request of every ready version in a new folder.
 
         Args:
@@ -127,38 +152,68 @@ class Triton:
             say: Told what is recorded, and what cannot be and why.
 
         Raises:
-            InputError: nothing could be recorded, or the folder exists.
+            InputError: nothing could be recorded, a model to record or with inputs is not there, or the folder exists.
+            UnavailableError: the server cannot be reached.
         """
-        made = []
+        inputs = inputs or {}
+        versions = self.versions()
+        if gone := sorted({*only, *inputs} - {target.model for target in versions}):
+            raise InputError(f"{self.client.url} has no ready model {gone[0]!r}: see `versions()`")
+        recorded: list[Recorded] = []
+        skipped: dict[str, str] = {}
         with new_directory(Path(folder), overwrite=overwrite) as temporary:
-            for model, version in self.versions():
-                if only and model not in only:
+            for target in versions:
+                if only and target.model not in only:
                     continue
                 try:
-                    found = self._record(model, version, (inputs or {}).get(model))
+                    found = self._record(target, inputs.get(target.model))
                 except GpuopsError as error:
-                    say(f"{model}:{version} is not recorded: {error}")
+                    skipped[str(target)] = str(error)
+                    say(f"{target} is not recorded: {error}")
                     continue
-                place = temporary / f"{_folder(model)}-{version}"
-                place.mkdir()
-                found.save(place)
-                made.append(found)
-                say(f"{model}:{version} recorded, tolerance {found.tolerance:g}")
-            if not made:
-                raise InputError(f"no model of {self.client.url} could be recorded: give inputs that it takes")
-        return made
+                found.save(temporary)
+                recorded.append(found)
+                tolerances = ", ".join(f"{name} {value:g}" for name, value in found.tolerance.items())
+                say(f"{target} recorded, tolerance {tolerances}")
+            if not recorded:
+                why = "; ".join(f"{target}: {reason}" for target, reason in skipped.items()) or "none is ready"
+                raise InputError(f"no model of {self.client.url} could be recorded ({why}): give inputs that it takes")
+        return Recording(recorded, skipped)
 
-    def probe(self, folder: str | Path, only: Sequence[str] = ()) -> list[Finding]:
-        """Ask every recorded golden request again.
+    def probe(self, folder: str | Path, only: Sequence[str] = ()) -> Health:
+        """Ask every recorded golden request again; a server that is away is found by that, not raised.
+
+        Args:
+            folder: Where they were recorded.
+            only: Models to ask; all if empty.
 
         Raises:
-            InputError: no golden request in the folder.
+            InputError: no golden request in the folder, or none of these models.
         """
-        places = sorted(Path(folder).glob("*/recorded.json"))
-        if not places:
-            raise InputError(f"{folder} holds no golden request: record them while the answers are trusted (--record)")
-        found = [self._probe(Recorded.load(place.parent)) for place in places]
-        return [finding for finding in found if not only or finding.model in only]
+        wanted = [recorded for recorded in recorded_in(Path(folder)) if not only or recorded.model in only]
+        if not wanted:
+            raise InputError(f"{folder} holds no golden request of {', '.join(only)}: record them (--record)")
+        return self._health([self._probe(recorded) for recorded in wanted], only)
+
+    def probe_repository(self, repository: str | Path, only: Sequence[str] = ()) -> Health:
+        """As `probe`, with the golden requests of a repository that `gpuops deploy` wrote.
+
+        Args:
+            repository: Model repository, the server's or a copy.
+            only: Models to ask; all if empty.
+
+        Raises:
+            InputError, IntegrityError: as `gpuops_serving.repository.served_versions`; or none of these models in it.
+        """
+        wanted = [version for version in served_versions(repository) if not only or version.name in only]
+        if not wanted:
+            raise InputError(f"{repository} holds no {', '.join(only)}: name models that were deployed there")
+        findings = []
+        for version in wanted:
+            golden, tolerance = version.golden, dict.fromkeys(version.golden.outputs, version.tolerance)
+            asked = Recorded(version.name, str(version.version), golden.inputs, golden.outputs, tolerance)
+            findings.append(self._probe(asked, version.version_id))
+        return self._health(findings, only)
 
     def compare(
         self,
@@ -173,72 +228,68 @@ class Triton:
         """Compare two versions, MODEL:VERSION each, on the same requests; seeded random ones if none are given."""
         before, after = Target.parse(old), Target.parse(new)
         if requests is None:
-            every = example_inputs(self.client.config(before.model, before.version), 8)
-            requests = Golden(dict(every), {}).rows()
+            config = self.client.config(before.model, before.version)
+            requests = [example_inputs(config, 1, seed) for seed in range(COMPARED)]
         return compare(self.client, before, after, requests, count=count, limits=limits, progress=progress)
 
     def meter(self) -> ServerMeter:
         """A meter of its models, if it runs on this host."""
         return ServerMeter(self.client)
 
-    def _record(self, model: str, version: str, inputs: Arrays | None) -> Recorded:
+    def _record(self, target: Target, inputs: Arrays | None) -> Recorded:
+        model, version = target.model, target.version
         config = self.client.config(model, version)
+        if config["stateful"]:
+            raise InputError("it holds state between requests, which a golden request would disturb")
         asked = dict(inputs) if inputs is not None else example_inputs(config, _samples(config))
-        answers = [self.client.answer(model, asked, version).outputs for _ in range(REPEATS)]
-        golden = Golden(asked, answers[0])
-        varied = max(golden.max_abs_diff(answer) for answer in answers)
-        if not np.isfinite(varied):
-            raise IntegrityError("its answers to one request differ in shape or in what is a number")
-        numbers = [a[np.isfinite(a)] for a in answers[0].values() if a.dtype.kind == "f"]
-        largest = max((float(np.abs(a).max(initial=0.0)) for a in numbers), default=0.0)
-        return Recorded(model, version, golden, SLACK * max(varied, largest * float(np.finfo(np.float32).eps)))
 
-    def _probe(self, recorded: Recorded) -> Finding:
+        def ask(batch: Arrays) -> dict[str, Any]:
+            return self.client.answer(model, batch, version).outputs
+
+        answers = [ask(asked) for _ in range(REPEATS)]
+        if not says_something(answers[0]):
+            raise InputError("its answer holds no number at all: give inputs that it takes")
+        varied = [differences(answers[0], answer) for answer in answers[1:]]
+        if config["max_batch_size"]:
+            # Alone a sample may run through other kernels than in a batch, and the server makes its own batches.
+            alone = [ask(row) for row in rows(asked)]
+            parts = [{name: array[k : k + 1] for name, array in answers[0].items()} for k in range(len(alone))]
+            varied += [differences(part, answer) for part, answer in zip(parts, alone, strict=True)]
+        tolerance = {}
+        for name, roundings in rounding(answers[0]).items():
+            tolerance[name] = SLACK * max(roundings, *(found[name] for found in varied))
+            if isinf(tolerance[name]):
+                raise IntegrityError(
+                    f"its answers to one request differ in {name!r} by shape, text or what is a number"
+                )
+        return Recorded(model, version, asked, answers[0], tolerance)
+
+    def _health(self, findings: list[Finding], only: Sequence[str]) -> Health:
+        try:
+            ready = {str(target) for target in self.versions() if not only or target.model in only}
+        except GpuopsError:  # away, or its index is not for everyone
+            ready = set()
+        return Health(findings, sorted(ready - {f"{f.model}:{f.version}" for f in findings}))
+
+    def _probe(self, recorded: Recorded, version_id: str | None = None) -> Finding:
         model, version = recorded.model, recorded.version
         try:
-            found = probe(self.client, model, recorded.golden, recorded.tolerance, version=version)
-        except GpuopsError as error:
-            return Finding(model, version, False, None, None, str(error))
-        return Finding(model, version, True, found.ms, found.max_abs_diff, None)
-
-
-def example_inputs(config: ModelConfig, count: int, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
-    """Random inputs that fit a model's configuration, the same for the same seed.
-
-    Integers are 0 to 9, so that they may be indices; floats are standard normal; a free dimension is 1.
-
-    Args:
-        config: The model's configuration.
-        count: Samples, for a model with a batch axis.
-        seed: Of the random numbers.
-
-    Raises:
-        InputError: an input is text, which nothing can be made up for.
-    """
-    draw = np.random.default_rng(seed)
-    made: dict[str, npt.NDArray[Any]] = {}
-    for tensor in config["inputs"]:
-        shape = [max(d, 1) for d in tensor["shape"]]
-        shape = [count, *shape] if config["max_batch_size"] else shape
+            says_ready = self.client.ready(model, version)
+        except GpuopsError:
+            says_ready = None
+        start = time.perf_counter()
         try:
-            dtype = np.dtype(tensor["dtype"])
-        except TypeError:
-            raise InputError(
-                f"input {tensor['name']!r} is {tensor['dtype']}: give inputs for {config['name']!r}"
-            ) from None
-        values = (
-            draw.standard_normal(shape)
-            if dtype.kind == "f"
-            else draw.integers(0, 10 if dtype.kind != "b" else 2, shape)
-        )
-        made[tensor["name"]] = values.astype(dtype)
-    return made
+            outputs = self.client.answer(model, recorded.inputs, version).outputs
+            ms = (time.perf_counter() - start) * 1e3
+            served = version_id and self.client.version_id(model, version)
+        except GpuopsError as error:
+            return Finding(model, version, False, says_ready, None, None, str(error))
+        worst = max(differences(recorded.outputs, outputs).values(), default=0.0)
+        reason = recorded.wrong(outputs)
+        if served != version_id:
+            reason = f"serves version id {served}, the repository holds {version_id}"
+        return Finding(model, version, reason is None, says_ready, ms, worst if isfinite(worst) else None, reason)
 
 
 def _samples(config: ModelConfig) -> int:
     return min(SAMPLES, config["max_batch_size"] or 1)
-
-
-def _folder(model: str) -> str:
-    """A model's name as part of a folder's."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", model)

@@ -16,5 +16,5 @@ from gpuops_serving.server import TritonServer
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """One real tritonserver for all tests that only ask."""
     folder = tmp_path_factory.mktemp("serving")
-    with TritonServer(deployed(folder), log=folder / "triton.log") as running:
+    with TritonServer(deployed(folder), log=folder / "triton.log", shared_memory=True) as running:
         yield running

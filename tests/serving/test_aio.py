@@ -1,21 +1,17 @@
-"""The asyncio client, and what both clients share: streams, keys, retries, time limits."""
+"""The asyncio client, against the real server; it says the same as the blocking one."""
 
 import asyncio
-import contextlib
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundle import SIGNATURE, answers, deployed, golden
+from tiny_bundle import golden
 
-from gpuops.errors import GpuopsError, InputError, UnavailableError
+from gpuops.errors import InputError
 from gpuops_serving.aio import AsyncClient
-from gpuops_serving.client import Client, group
+from gpuops_serving.client import Client
 from gpuops_serving.server import TritonServer
-from gpuops_serving.wire import Address, Attempts, Call
 
 GOLDEN = golden()
 
@@ -102,140 +98,72 @@ def test_errors_are_the_same_kind_as_those_of_the_blocking_client(url: str) -> N
         assert asyncio.run(ask(model, inputs)) == str(caught.value)
 
 
-def test_a_stream_answers_in_order_and_from_single_samples(url: str) -> None:
+def test_a_stream_answers_in_order_and_reads_no_further_than_it_may(url: str) -> None:
     batch = golden(count=23)
-    samples = [{name: array[k] for name, array in batch.inputs.items()} for k in range(23)]
-    with Client(url) as client:
-        found = list(client.stream("tiny", group(samples, SIGNATURE.max_batch), in_flight=3))
-    assert [len(part["y"]) for part in found] == [5, 5, 5, 5, 3]
-    assert batch.max_abs_diff({"y": np.concatenate([part["y"] for part in found])}) <= 1e-3
-
-
-def test_a_stream_ends_at_the_first_error_and_reads_no_further(url: str) -> None:
-    taken = []
+    read: list[int] = []
 
     def batches() -> Iterator[dict[str, Any]]:
+        for start in range(0, 23, 4):
+            read.append(start)
+            yield {name: array[start : start + 4] for name, array in batch.inputs.items()}
+
+    async def ask() -> list[Any]:
+        found = []
+        async with AsyncClient(url) as client:
+            async for answer in client.stream("tiny", batches(), in_flight=2):
+                found.append(answer["y"])
+                assert len(read) <= len(found) + 2
+        return found
+
+    found = asyncio.run(ask())
+    assert [len(part) for part in found] == [4, 4, 4, 4, 4, 3]
+    assert batch.max_abs_diff({"y": np.concatenate(found)}) <= 1e-3
+
+
+def test_a_stream_ends_at_its_first_error_or_when_it_is_closed_and_leaves_no_task(url: str) -> None:
+    read: list[int] = []
+
+    def batches(bad: int) -> Iterator[dict[str, Any]]:
         for place in range(100):
-            taken.append(place)
-            yield {"a": GOLDEN.inputs["a"][:1], "m": GOLDEN.inputs["m"][:1] + (50 if place == 3 else 0)}
+            read.append(place)
+            yield {"a": GOLDEN.inputs["a"][:1], "m": GOLDEN.inputs["m"][:1] + (50 if place == bad else 0)}
 
-    with Client(url) as client, pytest.raises(InputError, match="out of data bounds"):
-        list(client.stream("tiny", batches(), in_flight=2))
-    assert len(taken) <= 6
+    async def ask() -> None:
+        async with AsyncClient(url) as client:
+            with pytest.raises(InputError, match="out of data bounds"):
+                async for _ in client.stream("tiny", batches(3), in_flight=2):
+                    pass
+            assert len(read) <= 6
+            stream = client.stream("tiny", batches(-1), in_flight=2)
+            await anext(stream)
+            await stream.aclose()
+            assert len(asyncio.all_tasks()) == 1
+            with pytest.raises(InputError, match="at least 1"):
+                await anext(client.stream("tiny", batches(-1), in_flight=0))
 
-
-@contextlib.contextmanager
-def listener(behaviour: Callable[[socket.socket, int], None]) -> Iterator[tuple[str, list[int]]]:
-    """A server that treats its n-th connection as it is told; yields its URL and the connections so far."""
-    seen: list[int] = []
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listening.accept()
-                    seen.append(len(seen))
-                    behaviour(connection, seen[-1])
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", seen
-        listening.shutdown(socket.SHUT_RDWR)
-        thread.join()
+    asyncio.run(ask())
+    assert len(read) <= 12
 
 
-OK = b'{"name":"late","version":"2.51.0","extensions":[]}'
+def test_a_closed_client_says_so(url: str) -> None:
+    async def ask() -> None:
+        client = AsyncClient(url)
+        await client.close()
+        with pytest.raises(InputError, match="is closed: open another"):
+            await client.models()
+
+    asyncio.run(ask())
 
 
-def busy_twice(connection: socket.socket, number: int) -> None:
-    connection.recv(65536)
-    head, body = (b"503 Service Unavailable", b'{"error":"busy"}') if number < 2 else (b"200 OK", OK)
-    connection.sendall(
-        b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-        % (head, len(body), body)
-    )
-    connection.close()
+def test_a_cancelled_request_is_cancelled_and_the_client_goes_on(url: str) -> None:
+    async def ask() -> float:
+        async with AsyncClient(url) as client:
+            for _ in range(20):
+                task = asyncio.create_task(client.infer("tiny", GOLDEN.inputs))
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            return GOLDEN.max_abs_diff(await client.infer("tiny", GOLDEN.inputs))
 
-
-def test_a_busy_server_is_asked_again_as_often_as_allowed() -> None:
-    with listener(busy_twice) as (url, seen), Client(url, retries=2) as client:
-        assert client.server_id() == "late"
-        assert len(seen) == 3
-    with listener(busy_twice) as (url, seen), Client(url, retries=1) as client:
-        with pytest.raises(UnavailableError, match="busy"):
-            client.server_id()
-        assert len(seen) == 2
-
-
-def test_what_may_not_be_sent_twice_is_not() -> None:
-    with listener(busy_twice) as (url, seen), Client(url, retries=5) as client:
-        with pytest.raises(GpuopsError):
-            client.load("tiny")
-        assert len(seen) == 1
-
-
-def test_a_timeout_is_not_tried_again() -> None:
-    address = Address.parse("http://127.0.0.1:1", 30.0, None, None, None, 5)
-    attempts = Attempts(address, 0.0)
-    assert attempts.wait_s(Call("infer"), TimeoutError(), 0.0) is None
-    refused = Attempts(address, 0.0)
-    waits = [refused.wait_s(Call("infer"), ConnectionRefusedError(), 0.0) for _ in range(6)]
-    assert all(wait is not None and 0 <= wait <= 2 for wait in waits[:5])
-    assert waits[5] is None
-    assert Attempts(address, 0.0).wait_s(Call("infer"), ConnectionRefusedError(), 31.0) is None
-
-
-@pytest.mark.parametrize("scheme", ["http", "grpc"])
-@pytest.mark.parametrize("method", ["infer", "models", "config", "statistics", "load", "server_version"])
-def test_a_silent_server_takes_no_longer_than_the_time_limit(scheme: str, method: str) -> None:
-    arguments: dict[str, tuple[Any, ...]] = {
-        "infer": ("tiny", GOLDEN.inputs),
-        "config": ("tiny",),
-        "load": ("tiny",),
-    }
-
-    async def ask(url: str) -> None:
-        async with AsyncClient(url, timeout_s=0.2) as client:
-            with pytest.raises(UnavailableError):
-                await getattr(client, method)(*arguments.get(method, ()))
-
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        url = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
-        with Client(url, timeout_s=0.2, retries=3) as client, pytest.raises(UnavailableError):
-            getattr(client, method)(*arguments.get(method, ()))
-        asyncio.run(asyncio.wait_for(ask(url), 20))
-
-
-@pytest.fixture(scope="module")
-def controlled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    with TritonServer(deployed(tmp_path_factory.mktemp("controlled")), control=True) as running:
-        yield running
-
-
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_models_are_loaded_by_who_has_the_key_and_nobody_else(controlled: TritonServer, protocol: str) -> None:
-    url = controlled.http_url if protocol == "http" else controlled.grpc_url
-    with Client(url) as stranger:
-        for call in (stranger.load, stranger.unload):
-            with pytest.raises(InputError, match=r"restricted.*its key as access"):
-                call("tiny")
-        with pytest.raises(InputError, match="restricted"):
-            stranger.models()
-        assert GOLDEN.max_abs_diff(stranger.infer("tiny", GOLDEN.inputs)) <= 1e-3
-    with Client(url, access=("gpuops-control", "guessed")) as guesser, pytest.raises(InputError, match="restricted"):
-        guesser.unload("tiny")
-    with Client(url, access=controlled.access) as owner:
-        owner.unload("tiny")
-        with pytest.raises(GpuopsError):
-            owner.infer("tiny", GOLDEN.inputs)
-        owner.load("tiny")
-        np.testing.assert_allclose(
-            owner.infer("tiny", GOLDEN.inputs)["y"], answers(GOLDEN.inputs["a"], GOLDEN.inputs["m"]), atol=1e-3
-        )
-
-
-def test_a_server_without_model_control_says_so(server: TritonServer) -> None:
-    with Client(server.http_url) as client, pytest.raises(InputError, match="explicit model load / unload"):
-        client.load("tiny")
+    assert asyncio.run(ask()) <= 1e-3
