@@ -37,6 +37,13 @@ GATES = {
     "aoti_bf16": Gate((2, 75, 0), "26.11", "BF16 tensors of torch_aoti"),
 }
 
+FIELDS = {
+    "inference.ModelConfig.model_metrics": "model_metrics",
+    "inference.ModelEnsembling.max_inflight_requests": "max_inflight_requests",
+}
+"""Feature by field of config.pbtxt (its full name) that servers from 2.51 on did not all have. The embedded server's
+own schema was compared with that of tritonclient: it lacks these and no others."""
+
 SHARED_MEMORY_OFF = Gate((2, 68, 0), "26.04", "client shared memory is off unless --allow-client-shm")
 FIXED = Gate((2, 59, 1), "25.07", "the fixes of CVE-2025-23310, -23311, -23319, -23320 and -23334")
 """Last known fix of remote code execution. CVE-2026-24206 and -24207 (authentication bypass, May 2026) hit later

@@ -5,43 +5,74 @@
     REPOSITORY/<name>/warmup/          first golden sample, for backends that Triton warms up
 
 A version folder is written under a temporary name and renamed; only then is config.pbtxt replaced, in one step, and it
-names the versions to serve: the new one and the one before it. So whoever reads the repository sees the old versions or
-the new ones, never a mixture. Triton's stub may leave a `__pycache__` in a version folder: only listed files are read.
+names the versions to serve: the new one, the one before it, and those that ensembles name. So whoever reads the
+repository sees the old versions or the new ones, never a mixture, also when a deployment is killed or the disk is full;
+the next deployment removes what the killed one left. Triton's stub may leave a `__pycache__` in a version folder: only
+listed files are read.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpuops.atomic import locked, new_directory
-from gpuops.bundle import GOLDEN, MANIFEST, Bundle, Golden, file_sha256, read_bundle
-from gpuops.errors import InputError, IntegrityError
+from gpuops.bundle import GOLDEN, Bundle, Golden, file_sha256, read_bundle
+from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops.signing import SIGNATURE, trusted_keys, verify, verify_deployed
 from gpuops.spec import Signature
 from gpuops_serving.config import (
-    BACKENDS,
     CONFIG,
+    ENSEMBLE,
+    FORMAT,
     SAMPLE,
     VERSION_ID,
     WARMUP,
     Options,
+    backend_dtype,
     config_text,
     model_config,
     read_config,
     served_version_ids,
 )
+from gpuops_serving.folders import (
+    SHIM,
+    fill,
+    holds,
+    intact,
+    names_in,
+    read_manifest,
+    remove_unfinished,
+    sources,
+    staged,
+    versions_in,
+    write_text,
+)
+from gpuops_serving.scheduling import Step
+from gpuops_serving.trust import check_repository
 from gpuops_serving.tuning import Tuning
 
-SHIM = Path(__file__).with_name("shim") / "model.py"
+__all__ = [
+    "CANDIDATE",
+    "SHIM",
+    "Deployment",
+    "ServedVersion",
+    "deploy",
+    "point",
+    "publish",
+    "served_versions",
+    "served_versions_of",
+    "versions_in",
+    "withdraw",
+    "write_text",
+]
+
 CANDIDATE = ".candidate"
 """End of the name under which a version is tried before it is promoted (gpuops_serving.rollout)."""
 
@@ -94,7 +125,8 @@ def deploy(
 ) -> Deployment:
     """Publish a bundle in a model repository as the next version of a model.
 
-    The version before stays served beside it if both take and answer the same tensors.
+    The version before stays served beside it if both take and answer the same tensors. A version folder is never
+    changed: with other options, or after a roll-back, the newest one's own bundle is served from where it is.
 
     Args:
         bundle_path: Bundle directory; every byte is compared with its manifest first.
@@ -110,8 +142,9 @@ def deploy(
         The version that is now to be served. A running server takes it up when it loads the model or starts again.
 
     Raises:
-        InputError: no bundle there, not this format in it, or an unusable name.
-        IntegrityError: the bundle differs from its manifest or no trusted key signed it; the repository is as it was.
+        InputError: no bundle there, not this format in it, an unusable name, or an ensemble of what is not served.
+        IntegrityError: the bundle differs from its manifest or no trusted key signed it.
+        UnavailableError: the disk is full, or the repository cannot be written. After any error it is as it was.
     """
     bundle = read_bundle(bundle_path)
     name = bundle.name if name is None else name
@@ -134,36 +167,73 @@ def publish(
     """As `deploy`, for an open bundle and, with `number`, as that very version."""
     if not _NAME.fullmatch(name):
         raise InputError(f"model name {name!r}: use letters, digits, '_', '-' and '.' (it is put in URLs)")
-    if trusted := trusted_keys() if keys is None else keys:
+    trusted = trusted_keys() if keys is None else keys
+    if trusted:
         verify(bundle.path, trusted)
-    files = _files(bundle, options, plan)
-    repository.mkdir(parents=True, exist_ok=True)
+    if ENSEMBLE in bundle.manifest:
+        options = replace(options, backend=ENSEMBLE)
+    files = sources(bundle, options, plan)
     model = repository / name
-    with locked(repository):  # one deployment at a time chooses a version number
-        versions = versions_in(model)
-        newest = max(versions, default=0)
-        if (
-            newest
-            and number in (None, newest)
-            and _names(model, newest, options, tuning)
-            and _holds(model / str(newest), files, bundle)
-        ):
-            before = sorted(served_version_ids(read_config(model / CONFIG)).keys() - {newest})
-            folder = model / str(newest)
-            return Deployment(name, newest, folder, bundle.version_id, new=False, kept=tuple(before))
-        version = newest + 1 if number is None else number
-        folder = model / str(version)
-        kept = _kept(model, version, bundle, files)
-        if model.is_dir():
+    with _writing(model):
+        repository.mkdir(parents=True, exist_ok=True)
+        with locked(repository):  # one deployment at a time chooses a version number
+            _require_steps(bundle, repository)
+            return _publish(bundle, model, options, files, number, tuning, trusted)
+
+
+@contextmanager
+def _writing(model: Path) -> Iterator[None]:
+    """Turn what a file system refuses into our error."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(
+            f"{model} could not be written ({error.strerror or error}), and serves what it did: make room or get leave "
+            "to write, and try again"
+        ) from error
+
+
+def _publish(
+    bundle: Bundle,
+    model: Path,
+    options: Options,
+    files: Mapping[str, Path],
+    number: int | None,
+    tuning: Tuning | None,
+    keys: Sequence[Path],
+) -> Deployment:
+    """As `publish`, for a locked repository."""
+    remove_unfinished(model)
+    newest = max(versions_in(model), default=0)
+    written = newest > 0 and number in (None, newest) and holds(model / str(newest), files, bundle)
+    if written and _names(model, newest, options, tuning):
+        kept = sorted(served_version_ids(read_config(model / CONFIG)).keys() - {newest})
+        return Deployment(model.name, newest, model / str(newest), bundle.version_id, new=False, kept=tuple(kept))
+    version = newest if written else newest + 1 if number is None else number
+    folder = model / str(version)
+    kept = _kept(model, version, bundle, files, keys)
+
+    def write(temporary: Path) -> None:
+        fill(temporary, files)
+        if keys:
+            verify_deployed(temporary, keys)  # the copy, whatever the bundle has become meanwhile
+
+    if not model.is_dir():
+        with staged(model) as temporary:
+            (temporary / str(version)).mkdir()
+            write(temporary / str(version))
+            point(temporary, [version], options, tuning, name=model.name)
+    else:
+        if not written:  # else a killed deployment wrote it, or the options are others
             with new_directory(folder, overwrite=number is not None) as temporary:
-                _fill(temporary, files)
+                write(temporary)
+        try:
             point(model, [*kept, version], options, tuning)
-        else:
-            with _staged(model) as temporary:
-                (temporary / str(version)).mkdir()
-                _fill(temporary / str(version), files)
-                point(temporary, [version], options, tuning, name=name)
-    return Deployment(name, version, folder, bundle.version_id, new=True, kept=tuple(kept))
+        except BaseException:
+            if not written:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return Deployment(model.name, version, folder, bundle.version_id, new=True, kept=tuple(kept))
 
 
 def point(
@@ -178,7 +248,21 @@ def point(
         tuning: The measurement behind `options`.
         name: Model name; the folder's if None.
     """
-    write_text(model / CONFIG, _pointer(model, versions, options, tuning, name or model.name, write=True))
+    text, samples = _pointer(model, versions, options, tuning, name or model.name)
+    folder, begun = model / WARMUP, []
+    try:
+        for file, sample in samples.items():
+            folder.mkdir(exist_ok=True)
+            if not (folder / file).is_file() or (folder / file).read_bytes() != sample:  # half a one, left by a kill
+                begun.append(folder / file)
+                (folder / file).write_bytes(sample)
+        write_text(model / CONFIG, text)
+    except BaseException:
+        for path in begun:
+            path.unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def withdraw(model: Path, version: int) -> list[int]:
@@ -186,24 +270,31 @@ def withdraw(model: Path, version: int) -> list[int]:
 
     Raises:
         InputError: no other version is there to fall back on.
+        UnavailableError: the disk is full, or the repository cannot be written; it is as it was.
     """
-    config = read_config(model / CONFIG)
-    left = [number for number in served_version_ids(config) if number != version] or [
-        number for number in versions_in(model) if number < version
-    ][-1:]
-    if not left:
-        raise InputError(
-            f"{model} has no version but {version} to fall back on: deploy another bundle, or stop serving"
-        )
-    manifest = _manifest(model / str(max(left)))
-    for key in [key for key in config.parameters if key.startswith(f"{VERSION_ID}.")]:
-        del config.parameters[key]
-    for number in left:
-        config.parameters[f"{VERSION_ID}.{number}"].string_value = _manifest(model / str(number))["version_id"]
-    config.parameters[VERSION_ID].string_value = manifest["version_id"]
-    config.parameters[SAMPLE].string_value = json.dumps(manifest["sample"], sort_keys=True)
-    config.version_policy.specific.versions[:] = sorted(left)
-    write_text(model / CONFIG, config_text(config))
+    with _writing(model), locked(model.parent):
+        remove_unfinished(model)
+        config = read_config(model / CONFIG)
+        left = [number for number in served_version_ids(config) if number != version] or [
+            number for number in versions_in(model) if number < version
+        ][-1:]
+        if not left:
+            raise InputError(
+                f"{model} has no version but {version} to fall back on: deploy another bundle, or stop serving"
+            )
+        manifest = read_manifest(model / str(max(left)))
+        for key in [key for key in config.parameters if key.startswith(f"{VERSION_ID}.")]:
+            del config.parameters[key]
+        for number in left:
+            config.parameters[f"{VERSION_ID}.{number}"].string_value = read_manifest(model / str(number))["version_id"]
+        config.parameters[VERSION_ID].string_value = manifest["version_id"]
+        config.parameters[SAMPLE].string_value = json.dumps(manifest["sample"], sort_keys=True)
+        config.version_policy.specific.versions[:] = sorted(left)
+        if ENSEMBLE in manifest:
+            del config.ensemble_scheduling.step[:]
+            for step in _steps(manifest):
+                step.write(config.ensemble_scheduling)
+        write_text(model / CONFIG, config_text(config))
     return sorted(left)
 
 
@@ -222,7 +313,8 @@ def served_versions(repository: str | Path, *, keys: Sequence[Path] | None = Non
     repository = Path(repository)
     if not repository.is_dir():
         raise InputError(f"{repository} is not a model repository: make one with `gpuops deploy BUNDLE {repository}`")
-    trusted = trusted_keys() if keys is None else keys
+    if trusted := trusted_keys() if keys is None else keys:
+        check_repository(repository, trusted)
     models = [folder for folder in sorted(repository.iterdir()) if folder.is_dir() and folder.suffix != CANDIDATE]
     if not models:
         raise InputError(f"{repository} holds no model: put one there with `gpuops deploy BUNDLE {repository}`")
@@ -231,37 +323,22 @@ def served_versions(repository: str | Path, *, keys: Sequence[Path] | None = Non
 
 def served_versions_of(model: Path, keys: Sequence[Path] = ()) -> list[ServedVersion]:
     """As `served_versions`, for one model's folder."""
-    found = served_version_ids(read_config(model / CONFIG)) if (model / CONFIG).is_file() else {}
-    if not found:
+    config = read_config(model / CONFIG) if (model / CONFIG).is_file() else None
+    found = {} if config is None else served_version_ids(config)
+    if config is None or not found:
         raise InputError(
             f"{model} was not written by `gpuops deploy`, so nothing proves its answers: move it to another repository"
         )
-    return [_served(model, number, version_id, keys) for number, version_id in sorted(found.items())]
+    format = config.parameters[FORMAT].string_value
+    return [_served(model, number, version_id, format, keys) for number, version_id in sorted(found.items())]
 
 
-def versions_in(model: Path) -> list[int]:
-    """Version numbers in a model's folder, ascending; empty if there is none."""
-    return sorted(int(p.name) for p in model.iterdir() if p.name.isdigit()) if model.is_dir() else []
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step; on a full disk the file is as it was."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _served(model: Path, number: int, version_id: str, keys: Sequence[Path]) -> ServedVersion:
+def _served(model: Path, number: int, version_id: str, format: str, keys: Sequence[Path]) -> ServedVersion:
     folder = model / str(number)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     try:
-        seal, tolerance, found = manifest["files"][GOLDEN], float(manifest["tolerance"]), manifest["version_id"]
+        seal, found = manifest["files"][GOLDEN], manifest["version_id"]
+        tolerance = float((manifest["int8"] if format == "int8" else manifest)["tolerance"])
         if file_sha256(folder / GOLDEN) != seal:
             raise IntegrityError(f"{folder / GOLDEN} differs from its manifest: deploy its bundle again")
     except (OSError, ValueError, KeyError) as error:
@@ -275,29 +352,21 @@ def _served(model: Path, number: int, version_id: str, keys: Sequence[Path]) -> 
     return ServedVersion(model.name, number, version_id, Golden.load(folder / GOLDEN), tolerance)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{folder} is incomplete ({error}): deploy its bundle again") from error
-    return manifest
-
-
 def _pointer(
-    model: Path, versions: Sequence[int], options: Options, tuning: Tuning | None, name: str, *, write: bool
-) -> str:
-    """Text of the configuration that serves some versions; writes the warm-up data that it names if asked to."""
-    manifests = {number: _manifest(model / str(number)) for number in versions}
+    model: Path, versions: Sequence[int], options: Options, tuning: Tuning | None, name: str
+) -> tuple[str, dict[str, bytes]]:
+    """Text of the configuration that serves some versions, and the warm-up data that it names, by file."""
+    manifests = {number: read_manifest(model / str(number)) for number in versions}
     newest = manifests[max(versions)]
     signature = Signature.from_json(newest["signature"])
-    warmup = None
-    if not options.runs_shim:
-        warmup = {spec.name: f"{newest['version_id'][:16]}-{spec.name}" for spec in signature.inputs}
-        if write:
-            golden = Golden.load(model / str(max(versions)) / GOLDEN)
-            (model / WARMUP).mkdir(exist_ok=True)
-            for tensor, file in warmup.items():
-                (model / WARMUP / file).write_bytes(golden.inputs[tensor][:1].tobytes())
+    warmup: dict[str, str] = {}
+    samples: dict[str, bytes] = {}
+    if not options.runs_shim and options.backend != ENSEMBLE:
+        golden = Golden.load(model / str(max(versions)) / GOLDEN)
+        for spec in signature.inputs:
+            warmup[spec.name] = f"{newest['version_id'][:16]}-{spec.name}"
+            sample = golden.inputs[spec.name][:1].astype(backend_dtype(options.backend, spec.dtype))
+            samples[warmup[spec.name]] = sample.tobytes()
     config = model_config(
         name,
         {number: manifest["version_id"] for number, manifest in manifests.items()},
@@ -306,8 +375,9 @@ def _pointer(
         options=options,
         warmup=warmup,
         tuning=None if tuning is None else tuning.to_json(),
+        steps=_steps(newest),
     )
-    return config_text(config)
+    return config_text(config), samples
 
 
 def _names(model: Path, newest: int, options: Options, tuning: Tuning | None) -> bool:
@@ -317,84 +387,64 @@ def _names(model: Path, newest: int, options: Options, tuning: Tuning | None) ->
     try:
         text = (model / CONFIG).read_text()
         served = served_version_ids(read_config(model / CONFIG))
-        return newest in served and text == _pointer(model, list(served), options, tuning, model.name, write=False)
+        return newest in served and text == _pointer(model, list(served), options, tuning, model.name)[0]
     except (IntegrityError, KeyError):
         return False
 
 
-def _kept(model: Path, version: int, bundle: Bundle, files: Mapping[str, Path]) -> list[int]:
-    """The version before, if one configuration can describe both."""
+def _kept(model: Path, version: int, bundle: Bundle, files: Mapping[str, Path], keys: Sequence[Path]) -> list[int]:
+    """Versions before it that are served on: the last one, and what ensembles name.
+
+    One configuration must be able to describe them all, and they must be as they were written, and signed if any key
+    is trusted: else nothing of this model could be served.
+    """
     if not (model / CONFIG).is_file():
         return []
     served = [number for number in served_version_ids(read_config(model / CONFIG)) if number < version]
-    if not served:
-        return []
-    before = model / str(max(served))
-    same = _manifest(before).get("signature") == bundle.manifest["signature"]
-    runs = all((before / file).is_file() for file in files if file != SIGNATURE)
-    return [max(served)] if same and runs else []
+    wanted = {max(served, default=0)} | (_named_by_ensembles(model) & set(served))
+    return sorted(number for number in wanted if number and _alike(model / str(number), bundle, files, keys))
 
 
-def _files(bundle: Bundle, options: Options, plan: Path | None) -> dict[str, Path]:
-    """Where each file of a version folder comes from."""
-    how = BACKENDS[options.backend]
-    if how.format is None and (plan is None or not plan.is_file()):
-        raise InputError(f"backend {options.backend} needs an engine for this GPU: build it (trtexec), give it as plan")
-    model = plan if how.format is None else bundle.model_file(how.format)
-    assert model is not None
-    files = {how.file: model, GOLDEN: bundle.path / GOLDEN, MANIFEST: bundle.path / MANIFEST}
-    if (bundle.path / SIGNATURE).is_file():
-        files[SIGNATURE] = bundle.path / SIGNATURE
-    if options.runs_shim:
-        files[SHIM.name] = SHIM
-    return files
-
-
-def _holds(folder: Path, files: Mapping[str, Path], bundle: Bundle) -> bool:
-    """Whether a version folder is what `_fill` would write (a re-export may differ in its manifest alone)."""
-    if not (folder / MANIFEST).is_file() or _manifest(folder).get("version_id") != bundle.version_id:
+def _alike(folder: Path, bundle: Bundle, files: Mapping[str, Path], keys: Sequence[Path]) -> bool:
+    sealed = {file: source.name for file, source in files.items() if file != SIGNATURE}
+    # A file too many may be code that another backend runs: a server that trusts only signed files refuses it.
+    if not folder.is_dir() or names_in(folder) - {SIGNATURE} != set(sealed) or not intact(folder, sealed):
         return False
-    return all(
-        (folder / file).is_file() and file_sha256(folder / file) == file_sha256(source)
-        for file, source in files.items()
-        if file not in (MANIFEST, SIGNATURE)
-    )
-
-
-def _fill(folder: Path, files: Mapping[str, Path]) -> None:
-    """Copy what a version needs, and compare the copies with the manifest."""
-    for file, source in files.items():
-        shutil.copyfile(source, folder / file)
-    seals = _manifest(folder)["files"]
-    for file, source in files.items():
-        if source.name in seals and file_sha256(folder / file) != seals[source.name]:
-            raise IntegrityError(f"{source} changed while it was copied: deploy a bundle at rest")
-
-
-@contextmanager
-def _staged(model: Path) -> Iterator[Path]:
-    """A temporary directory beside the repository that becomes the folder of a new model when the block ends.
-
-    It may not lie in the repository: Triton takes every folder there for a model, hidden ones too, and would not start.
-    """
-    repository = model.parent.absolute()
-
-    def refusal(error: OSError) -> InputError:
-        return InputError(
-            f"{model} cannot be published in one step ({error.strerror}): use a repository inside a folder of the same "
-            f"file system that can be written to, such as {repository / 'models'}"
-        )
-
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{repository.name}-", dir=repository.parent))
-    except OSError as error:
-        raise refusal(error) from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
+    if keys:
         try:
-            temporary.rename(model)
-        except OSError as error:  # the repository is a mount point, for example
-            raise refusal(error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            verify_deployed(folder, keys)
+        except IntegrityError:
+            return False
+    manifest = read_manifest(folder)
+    return all(manifest.get(key) == bundle.manifest.get(key) for key in ("signature", ENSEMBLE))
+
+
+def _named_by_ensembles(model: Path) -> set[int]:
+    """Versions of a model that ensembles of its repository name."""
+    found: set[int] = set()
+    for path in model.parent.glob(f"*/{CONFIG}"):
+        try:
+            steps = read_config(path).ensemble_scheduling.step
+        except InputError:
+            continue  # someone else's, which serves nothing
+        found |= {step.model_version for step in steps if step.model_name == model.name}
+    return found
+
+
+def _steps(manifest: Mapping[str, Any]) -> list[Step]:
+    """The steps of an ensemble's manifest; empty if it is none."""
+    return [
+        Step(step["model"], step["inputs"], step["outputs"], step["version"]) for step in manifest.get(ENSEMBLE, [])
+    ]
+
+
+def _require_steps(bundle: Bundle, repository: Path) -> None:
+    """Raise InputError unless a repository serves what an ensemble joins."""
+    for step in bundle.manifest.get(ENSEMBLE, []):
+        path = repository / step["model"] / CONFIG
+        served = served_version_ids(read_config(path)) if path.is_file() else {}
+        if served.get(step["version"]) != step["version_id"]:
+            raise InputError(
+                f"{repository} does not serve version {step['version']} ({step['version_id'][:12]}) of "
+                f"{step['model']!r}, which {bundle.name!r} joins: deploy that first, or make the ensemble again"
+            )

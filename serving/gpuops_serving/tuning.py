@@ -1,7 +1,7 @@
 """How many instances, of how many threads, and which batch: measured on this machine with the bundle's own samples.
 
     curve       samples a second at batch sizes 1, 2, 4, ... the largest
-    instances   the division of the cores that answers the most samples a second at its best batch
+    instances   the division of the cores (1, 2, 4, ... all) that answers the most samples a second at its best batch
     preferred   the smallest batch that reaches `KNEE` of that: waiting for more brings latency and nothing else
 
 Measured with onnxruntime in this process, every instance in a thread of its own, all of them at the same time.
@@ -12,18 +12,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gpuops.bundle import Bundle
-from gpuops.errors import UnavailableError
+from gpuops.errors import InputError, UnavailableError
 from gpuops.spec import Arrays
-from gpuops_serving.config import Batching, Options
+from gpuops_serving.config import BACKENDS, Options
+from gpuops_serving.scheduling import Batching
 
 KNEE = 0.95
 """Share of the best rate from which on a larger batch is not worth waiting for."""
+MEASURED = ("python", "python-int8", "onnxruntime")
+"""Backends whose models onnxruntime runs, so that what is measured here is what they will do."""
 _CELL_S = 0.15
+_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class Tuning:
     """Threads of each."""
     preferred: int
     """Batch size that is enough."""
-    rates: dict[str, dict[int, float]]
+    rates: Mapping[str, Mapping[int, float]]
     """Samples a second by "<instances>x<threads>" and batch size."""
 
     def to_json(self) -> dict[str, Any]:
@@ -45,46 +50,73 @@ class Tuning:
         return {**asdict(self), "rates": whole}
 
     def apply(self, options: Options, max_batch: int) -> Options:
-        """`options` with the measured numbers; batches are limited only where that is below the largest."""
+        """`options` with the measured numbers; batches are limited only where that is below the largest.
+
+        Args:
+            options: How the model is to be served otherwise.
+            max_batch: Largest batch of its signature.
+
+        Raises:
+            InputError: these options are for something else than was measured.
+        """
+        require_measured(options)
+        assert isinstance(options.batching, Batching)
         preferred = (self.preferred,) if self.preferred < max_batch else ()
-        return replace(
-            options,
-            instances=self.instances,
-            threads=self.threads,
-            batching=Batching(
-                preferred, options.batching.delay_us, options.batching.queue_size, options.batching.timeout_us
-            ),
-        )
+        batching = replace(options.batching, preferred=preferred)
+        return replace(options, instances=self.instances, threads=self.threads, batching=batching)
 
 
-def tune(bundle: Bundle, *, cores: int | None = None, say: Callable[[str], None] = lambda _: None) -> Tuning:
-    """Measure a bundle's ONNX model here, a few seconds long.
+def tune(
+    bundle: Bundle,
+    *,
+    options: Options | None = None,
+    cores: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tuning:
+    """Measure a bundle's model here, a few seconds long.
 
     Args:
         bundle: An open bundle.
+        options: How it is to be served; decides whether its onnx or its int8 graph is measured.
         cores: Cores to divide; those that this process may use if None.
         say: Told what is being measured.
 
     Raises:
+        InputError: it is to be served in a way that cannot be measured here, or the bundle has not that format.
         UnavailableError: onnxruntime is not installed.
     """
+    options = Options() if options is None else options
+    require_measured(options)
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    sizes = sorted(
-        {min(2**power, bundle.signature.max_batch) for power in range(bundle.signature.max_batch.bit_length() + 1)}
-    )
+    largest = bundle.signature.max_batch
+    sizes = sorted({min(2**power, largest) for power in range(largest.bit_length() + 1)})
     golden = bundle.golden()
     batches = {size: golden.batch(size).inputs for size in sizes}
     rates: dict[str, dict[int, float]] = {}
-    for instances in sorted({1, cores}):
+    for instances in sorted({min(2**power, cores) for power in range(cores.bit_length() + 1)}):
         threads = cores // instances
         say(f"measuring {instances} instances of {threads} threads at batches {', '.join(map(str, sizes))}")
-        runners = [_session(bundle, threads) for _ in range(instances)]
+        runners = [_session(bundle, options, threads) for _ in range(instances)]
         rates[f"{instances}x{threads}"] = {size: _rate(runners, batches[size], size) for size in sizes}
     return choose(rates)
 
 
-def choose(rates: dict[str, dict[int, float]]) -> Tuning:
-    """The best division of the cores and its knee; on a tie (5 %) fewer instances, which need less memory."""
+def require_measured(options: Options) -> None:
+    """Raise InputError if a model served so would not be run by onnxruntime on this CPU."""
+    if options.gpu or options.backend not in MEASURED:
+        where = "on a GPU" if options.gpu else f"by backend {options.backend}"
+        raise InputError(
+            f"what runs {where} cannot be measured here (only {', '.join(MEASURED)} on the CPU): name instances and "
+            "threads yourself"
+        )
+
+
+def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
+    """The best division of the cores and its knee; on a tie (5 %) fewer instances, which need less memory.
+
+    Args:
+        rates: Samples a second by "<instances>x<threads>" and batch size.
+    """
     best = max(rate for row in rates.values() for rate in row.values())
     name = next(name for name, row in sorted(rates.items(), key=_instances) if max(row.values()) >= KNEE * best)
     row = rates[name]
@@ -97,7 +129,7 @@ def _instances(entry: tuple[str, object]) -> int:
     return int(entry[0].split("x")[0])
 
 
-def _session(bundle: Bundle, threads: int) -> Callable[[Arrays], object]:
+def _session(bundle: Bundle, served: Options, threads: int) -> Callable[[Arrays], object]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -106,30 +138,36 @@ def _session(bundle: Bundle, threads: int) -> Callable[[Arrays], object]:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(bundle.model_file("onnx")), options, providers=["CPUExecutionProvider"])
+    if served.runs_shim:  # which does so too (shim/model.py)
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    file = bundle.model_file(str(BACKENDS[served.backend].format))
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, dict(inputs))
 
 
 def _rate(runners: Sequence[Callable[[Arrays], object]], batch: Arrays, size: int) -> float:
     """Samples a second that all runners answer together."""
-    counts = [0] * len(runners)
-    start = threading.Barrier(len(runners) + 1)
-    ended: list[float] = []
+    start = threading.Barrier(len(runners), timeout=_START_TIMEOUT_S)
 
-    def work(place: int) -> None:
-        runners[place](batch)  # the first one allocates
-        start.wait()
-        until = time.perf_counter() + _CELL_S
-        while time.perf_counter() < until:
-            runners[place](batch)
-            counts[place] += 1
-        ended.append(time.perf_counter())
+    def work(run: Callable[[Arrays], object]) -> tuple[int, float, float]:
+        try:
+            run(batch)  # the first one allocates
+            start.wait()
+        except BaseException:
+            start.abort()  # else the others would wait for this one
+            raise
+        begun = time.perf_counter()
+        count = 0
+        while time.perf_counter() < begun + _CELL_S:
+            run(batch)
+            count += 1
+        return count, begun, time.perf_counter()
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(runners))]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    begun = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    return sum(counts) * size / (max(ended) - begun)
+    with ThreadPoolExecutor(len(runners)) as pool:
+        futures = [pool.submit(work, run) for run in runners]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+    found = [future.result() for future in futures]
+    elapsed_s = max(ended for _, _, ended in found) - min(begun for _, begun, _ in found)
+    return sum(count for count, _, _ in found) * size / elapsed_s
