@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpuops.bundle import read_bundle
+from gpuops.cli.connection import Connection
 from gpuops.cli.output import fields, print_json
 from gpuops.data.join import open
 from gpuops.data.reading.plan import Slot
@@ -27,7 +28,7 @@ def infer(
     model: str,
     source: list[str],
     align: str | None,
-    server: str,
+    connection: Connection,
     samples: int | None,
     requests: int,
     check: str | None,
@@ -39,7 +40,7 @@ def infer(
         raise InputError("--check compares the golden samples: leave --samples out")
     if (samples is not None and samples < 1) or requests < 1:
         raise InputError("--samples and --requests must be at least 1")
-    with Client(server) as client:
+    with connection.client() as client:
         declared = dict(client.sample(model))
         golden_ids = declared.pop("golden_ids")
         opened = open(_location(source), align=align)
@@ -50,7 +51,7 @@ def infer(
         answers = client.infer(model, raw)
         report: dict[str, Any] = {
             "model": model,
-            "server": server,
+            "server": connection.server,
             "server_version": client.server_version(),
             "version_id": client.version_id(model),
             "samples": len(ids),
@@ -61,7 +62,7 @@ def infer(
     if check is not None:
         report["max_abs_diff"] = _compare(check, answers, report["version_id"])
     if out is not None:
-        np.savez(out, **{f"output/{name}": array for name, array in answers.items()}, id=ids)  # type: ignore[arg-type]
+        np.savez(out, **{f"output/{name}": array for name, array in answers.items()}, id=ids)
         report["out"] = out
     if json:
         print_json(report)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -53,6 +54,8 @@ class TritonServer:
         control: Let who has `access` load and unload models while it runs, as a rollout needs; that is running code.
         tls: TLS on the gRPC port.
         client: What a client needs besides the URL to reach it, such as its own `tls`; for the proof at start.
+        keys: Public keys of which one must have signed each version; by default those of $GPUOPS_TRUSTED_KEYS.
+        shared_memory: Let clients of this host attach shared memory (gpuops_serving.shared_memory).
         flags: More flags of tritonserver, such as a trace configuration.
     """
 
@@ -69,6 +72,8 @@ class TritonServer:
         control: bool = False,
         tls: ServerTls | None = None,
         client: Mapping[str, Any] | None = None,
+        keys: Sequence[Path] | None = None,
+        shared_memory: bool = False,
         flags: Sequence[str] = (),
     ) -> None:
         self._repository = Path(repository).absolute()
@@ -80,6 +85,8 @@ class TritonServer:
         self._access = ("gpuops-control", secrets.token_hex(16)) if control else None
         self._tls = tls
         self._client = dict(client or {})
+        self._keys = keys
+        self._shared_memory = shared_memory
         self._flags = list(flags)
         self._id = f"gpuops-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,13 +141,15 @@ class TritonServer:
         """Start the server and wait until it has answered every golden request; on any failure leave nothing behind.
 
         Raises:
-            InputError: no such repository, nothing in it, or a requested port is taken.
+            InputError: no such repository, nothing in it, a path that Triton would give to a shell, or a requested port
+                is taken.
             UnavailableError: no server, no shared libpython, or the server ended or was too slow; with its last words.
             IntegrityError: bytes, version ids or golden answers differ from what was deployed.
         """
         if self._process is not None:
             raise InputError("this server is running: make another TritonServer for another one")
-        wanted = served_versions(self._repository)
+        _require_plain(self._repository)
+        wanted = served_versions(self._repository, keys=self._keys)
         binary = find_tritonserver(self._tritonserver)
         environment = environment_for(binary)
         self._ports = _choose_ports(self._wanted_ports)
@@ -183,7 +192,7 @@ class TritonServer:
             f"--model-repository={self._repository}",
             f"--backend-directory={lay_out_backends(binary, self._scratch)}",
             f"--backend-config=python,shm-region-prefix-name={self._id}",
-            *control_flags(models, self._access),
+            *control_flags(models, self._access, shared_memory=self._shared_memory),
             "--disable-auto-complete-config",  # `deploy` writes all of it
             *(f"{flag}={port}" for flag, port in self._ports.items()),
             *(f"--{endpoint}-address={HOST}" for endpoint in ("http", "grpc", "metrics")),
@@ -191,8 +200,6 @@ class TritonServer:
             *([] if self._tls is None else self._tls.flags()),
             *self._flags,
         ]
-        # Else the stub leaves its bytecode in the repository, where only what was deployed may lie.
-        environment = {**environment, "PYTHONPYCACHEPREFIX": str(self._scratch / "bytecode")}
         with self._open_log() as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -306,6 +313,15 @@ def serve(server: TritonServer, ready: Callable[[TritonServer], None]) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _require_plain(repository: Path) -> None:
+    """Triton starts its stubs by a shell command that the path is put in as it is."""
+    if shlex.quote(str(repository)) != str(repository):
+        raise InputError(
+            f"{repository} means something to a shell, to which Triton gives this path as it is: use letters, "
+            "digits, '/', '.', '_' and '-'"
+        )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

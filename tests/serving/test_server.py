@@ -147,7 +147,7 @@ def test_a_repository_that_changed_while_the_server_started_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [dataclasses.replace(model, version_id="9" * 64) for model in served_versions(deployed(tmp_path))]
-    monkeypatch.setattr(server_room, "served_versions", lambda repository: found)
+    monkeypatch.setattr(server_room, "served_versions", lambda repository, keys: found)
     assert_refused(TritonServer(tmp_path / "repository"), IntegrityError, "serves another version id of 'tiny'")
 
 
@@ -342,8 +342,8 @@ def test_the_package_imports_nothing_and_names_everything() -> None:
     code = """
 import sys, gpuops_serving
 assert not [m for m in sys.modules if m.startswith(("numpy", "tritonclient", "gpuops_serving."))]
-from gpuops_serving import Client, TritonServer, deploy
-assert {"Client", "TritonServer", "deploy"} == set(dir(gpuops_serving))
+from gpuops_serving import AsyncClient, Client, Triton, TritonServer, deploy
+assert {"AsyncClient", "Client", "Triton", "TritonServer", "deploy"} == set(dir(gpuops_serving))
 import gpuops_serving.server, gpuops_serving.probe, gpuops_serving.repository
 assert callable(gpuops_serving.deploy)
 assert not [m for m in sys.modules if m.split(".")[0] in ("torch", "zarr", "lightning", "onnxruntime")]

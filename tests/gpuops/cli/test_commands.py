@@ -19,7 +19,10 @@ import yaml
 from gpuops.lineage.ledger import Ledger
 from tests.conftest import Job, run_cli, write_atlas
 
-COMMANDS = ("demo", "doctor", "ingest", "inspect", "train", "export", "verify", "deploy", "serve", "infer", "report")
+COMMANDS = (
+    "demo", "doctor", "ingest", "inspect", "train", "energy", "export", "verify", "keygen", "sign", "deploy", "publish",
+    "fetch", "serve", "rollout", "rollback", "route", "infer", "compare", "bench", "probe", "lint", "meter", "report",
+)  # fmt: skip
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
