@@ -21,7 +21,7 @@ test: setup
 	@echo "== ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "== mypy"; $(BIN)/mypy
 	@echo "== import-linter"; $(BIN)/lint-imports
-	@echo "== pytest"; $(BIN)/pytest -q -m "not slow and not gpu" --durations=5
+	@echo "== pytest"; tools/test_halves.sh $(BIN)/pytest -q -m "not slow and not gpu" --durations=5
 
 test-slow: setup
 	@echo "== pytest, slow"; $(BIN)/pytest -q -m "slow and not gpu" --durations=5

@@ -185,7 +185,7 @@ def test_the_exporter_is_told_the_same_everywhere_and_understands_it() -> None:
     sidecar = one("Deployment")["spec"]["template"]["spec"]["containers"][1]
     assert [*sidecar["command"]] == exporter["entrypoint"] == ["/opt/gpuops/bin/gpuops", "meter"]
     told = [vars(parser().parse_args(["meter", *words])["meter"]) for words in (exporter["command"], sidecar["args"])]
-    assert [found.pop("server") for found in told] == ["http://server:8000", "http://127.0.0.1:8000"]
+    assert [found.pop("server") for found in told] == ["grpc://server:8001", "grpc://127.0.0.1:8001"]
     assert all(found.pop("namespace") for found in told)
     assert told[0] == told[1]
     assert told[0].items() >= {"address": "0.0.0.0", "port": 9464, "repository": "/models"}.items()

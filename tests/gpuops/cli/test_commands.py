@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from gpuops.lineage.ledger import Ledger
+from gpuops_serving.client import Client
 from tests.conftest import Job, run_cli, write_atlas
 
 COMMANDS = (
@@ -108,10 +109,12 @@ def test_serve_and_infer_over_both_protocols(bundled: Job, tmp_path: Path) -> No
     assert json.loads(deployed.stdout)["version"] == 1
     again = run_cli("deploy", bundled.bundle, repository, GPUOPS_LEDGER=str(bundled.ledger))
     assert "already" in again.stdout
-    regions = set(os.listdir("/dev/shm"))
     reports = []
     with served(bundled, repository) as urls:
         assert [url.partition(":")[0] for url in urls] == ["http", "grpc", "http"]
+        with Client(urls[0]) as client:
+            server_id = client.server_id()
+        assert any(name.startswith(server_id) for name in os.listdir("/dev/shm"))
         for url in urls[:2]:
             asked = ("infer", "forecast", "--from", bundled.store, "--server", url, "--requests", "5")
             done = run_cli(*asked, "--check", bundled.bundle, "--json")
@@ -128,7 +131,7 @@ def test_serve_and_infer_over_both_protocols(bundled: Job, tmp_path: Path) -> No
         assert np.load(tmp_path / "answers.npz")["output/y"].shape == (40, 1, 20, 20)
         assert_one_line(run_cli("infer", "nothing", "--from", bundled.store, "--server", urls[0]), "it serves forecast")
         assert_one_line(run_cli("infer", "forecast", "--from", tmp_path, "--server", urls[0]), "not a Zarr group")
-    assert not {r for r in set(os.listdir("/dev/shm")) - regions if r.startswith("gpuops")}
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(server_id)]
     page = tmp_path / "report.html"
     done = run_cli("report", bundled.run, "--bundle", bundled.bundle, "--infer", *reports, "--out", page)
     assert done.returncode == 0, done.stderr
