@@ -1,30 +1,40 @@
 """Two versions on the same requests: errors, latency, answers, joules, and a verdict.
 
-Requests go to both in turn, in blocks, the first of each pair of blocks alternating, so that the machine's slow moments
-fall on both alike. A latency ratio condemns a version only if its whole 95 % interval lies above what is allowed
-(percentile bootstrap, Efron and Tibshirani 1993, section 13.3), so noise alone does not.
+Requests go to both in blocks, the first of each pair of blocks alternating, so that the machine's slow moments fall on
+both alike. A latency ratio condemns a version only if its whole 95 % interval lies above what is allowed. The interval
+is a percentile bootstrap (Efron and Tibshirani 1993, section 13.3) over pairs of blocks rather than requests, as
+requests of one moment are slow together: one stalled block cannot condemn, and a version compared with its own
+latencies has a ratio of exactly 1.
 """
 
 from __future__ import annotations
 
+import math
+import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
 from gpuops.energy.meter import Meter
 from gpuops.energy.reading import Reading
+from gpuops.energy.sensor import Found
 from gpuops.errors import GpuopsError, InputError
 from gpuops.spec import Arrays
 from gpuops_serving.client import Client
+from gpuops_serving.distance import Distance, Distances
 
-BLOCKS = 10
+BLOCKS = 20
 """Blocks that the requests to each version are sent in."""
-FEW = 300
-"""Fewer requests than this say nothing of a 99th percentile."""
+FEWEST = {50: 20, 99: 300}
+"""Fewer answers than this say nothing of a percentile of latency."""
+WARM_UP = 8
+"""Requests to each version at first that do not count."""
 _RESAMPLES = 500
 
 
@@ -41,7 +51,7 @@ class Target:
     def parse(cls, text: str) -> Target:
         """From MODEL:VERSION."""
         model, _, version = text.rpartition(":")
-        if not model or not version.isdigit():
+        if not model or not (version.isascii() and version.isdigit()):
             raise InputError(f"{text!r} names no version: write MODEL:VERSION, such as forecast:3")
         return cls(model, version)
 
@@ -58,7 +68,7 @@ class Limits:
     p50: float = 1.25
     """Ratio of the medians of latency, new to old."""
     p99: float = 1.5
-    """Ratio of the 99th percentiles; looked at from `FEW` requests on."""
+    """Ratio of the 99th percentiles."""
     distance: float | None = None
     """Largest absolute difference of answers, physical units; None: another model answers something else."""
     joules: float | None = None
@@ -100,20 +110,6 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
-    """How far answers to the same samples lie apart."""
-
-    max_abs: float
-    """Largest absolute difference, physical units."""
-    rmse: float
-    """Root mean square difference, physical units."""
-    of_spread: float | None
-    """`rmse` by the standard deviation of the old answers; None where those do not vary."""
-    lost: int
-    """Values that are finite in the old answer alone."""
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether the new version may take the old one's place, and why not."""
 
@@ -123,12 +119,14 @@ class Verdict:
     """The version that serves."""
     new: Side
     """The version on trial."""
+    only_new_failed: int
+    """Requests that the new version failed and the old one answered."""
     p50: Ratio | None
-    """Medians of latency; None if one side answered nothing."""
+    """Medians of latency; None if too few requests were answered (`FEWEST`), and then they are not judged."""
     p99: Ratio | None
-    """99th percentiles; None also if there were too few requests."""
-    distances: dict[str, Distance]
-    """By output."""
+    """99th percentiles, likewise."""
+    distances: Mapping[str, Distance]
+    """By output, over all requests that both answered."""
 
     @property
     def ok(self) -> bool:
@@ -136,8 +134,25 @@ class Verdict:
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form."""
+        """JSON form; `from_json` is its inverse."""
         return {"ok": self.ok, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Verdict:
+        """Inverse of `to_json`."""
+        p50, p99 = (None if (r := document[key]) is None else Ratio(**r) for key in ("p50", "p99"))
+        return cls(
+            tuple(document["reasons"]),
+            Side(**document["old"]),
+            Side(**document["new"]),
+            document["only_new_failed"],
+            p50,
+            p99,
+            {name: Distance(**distance) for name, distance in document["distances"].items()},
+        )
+
+
+Outputs = Mapping[str, npt.NDArray[Any]]
 
 
 class _Trial:
@@ -145,27 +160,35 @@ class _Trial:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.ms: list[float] = []
-        self.failures: list[str] = []
-        self.answers: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self.windows: list[tuple[int, int]] = []
         self.sent = 0
+        self.ms: list[list[float]] = []
+        """Latencies by block."""
+        self.failures: dict[int, str] = {}
+        """What was said, by the request's place."""
+        self.windows: list[tuple[int, int]] = []
 
-    def ask(self, client: Client, place: int, inputs: Arrays) -> None:
-        self.sent += 1
-        begin = time.perf_counter()
-        try:
-            answer = client.answer(self.target.model, inputs, self.target.version)
-        except GpuopsError as error:
-            self.failures.append(str(error))
-            return
-        self.ms.append((time.perf_counter() - begin) * 1e3)
-        self.answers.setdefault(place, answer.outputs)
+    def block(self, client: Client, requests: Sequence[Arrays], places: Sequence[int]) -> dict[int, Outputs]:
+        """Send the requests of one block; the answers by place."""
+        ms: list[float] = []
+        answers: dict[int, Outputs] = {}
+        for place in places:
+            begin = time.perf_counter()
+            try:
+                answer = client.answer(self.target.model, requests[place % len(requests)], self.target.version)
+            except GpuopsError as error:
+                self.failures[place] = str(error)
+            else:
+                ms.append((time.perf_counter() - begin) * 1e3)
+                answers[place] = answer.outputs
+        self.sent += len(places)
+        self.ms.append(ms)
+        return answers
 
     def side(self, reading: Reading) -> Side:
-        p50, p99 = (float(np.percentile(self.ms, q)) if self.ms else None for q in (50, 99))
-        joules = None if reading.joules is None or not self.sent else reading.joules / self.sent
-        first = self.failures[0] if self.failures else None
+        every = [ms for block in self.ms for ms in block]
+        p50, p99 = (float(np.percentile(every, q)) if every else None for q in (50, 99))
+        joules = None if reading.joules is None else reading.joules / self.sent
+        first = self.failures[min(self.failures)] if self.failures else None
         return Side(str(self.target), self.sent, len(self.failures), first, p50, p99, joules, reading.reason)
 
 
@@ -180,7 +203,7 @@ def compare(
     meter: Meter | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
-    """Send the same requests to two versions and judge the new one.
+    """Send the same requests to two versions and judge the new one; ends early once failures condemn it.
 
     Args:
         client: Connection to the server that has both.
@@ -189,7 +212,7 @@ def compare(
         requests: Inputs by name, one request each; sent in turn, again from the first when they run out.
         count: Requests to each version.
         limits: How much worse the new one may be.
-        meter: Counts the server's GPUs if they are this host's; None looks for them.
+        meter: Counts the server's GPUs; None takes this host's if the server runs here.
         progress: Called with (requests done, requests in all).
 
     Raises:
@@ -197,30 +220,45 @@ def compare(
     """
     if not requests or count < 1:
         raise InputError("nothing to compare on: give at least one request")
-    limits = Limits() if limits is None else limits
+    limits = limits or Limits()
     trials = _Trial(old), _Trial(new)
-    own = Meter() if meter is None else meter
+    distances = Distances()
+    own = Meter(found=_sensors_of(client.url)) if meter is None else meter
     try:
-        for trial in trials:  # whoever is asked first must not pay for what is set up at a first request
-            trial.ask(client, 0, requests[0])
-            trial.ms.clear()
-            trial.sent -= 1
-        for block, places in enumerate(np.array_split(np.arange(count), min(BLOCKS, count))):
-            for trial in trials if block % 2 == 0 else trials[::-1]:
-                begin = own.mark()
-                for place in places:
-                    trial.ask(client, int(place) % len(requests), requests[int(place) % len(requests)])
+        for target in (old, new):  # whoever is asked first must not pay for what is set up at a first request
+            with suppress(GpuopsError):
+                for inputs in requests[:WARM_UP]:
+                    client.answer(target.model, inputs, target.version)
+        last: _Trial | None = None
+        for number, places in enumerate(np.array_split(np.arange(count), min(BLOCKS, count))):
+            answers: dict[_Trial, dict[int, Outputs]] = {}
+            for trial in trials if number % 2 == 0 else trials[::-1]:
+                # Two blocks of one version that follow each other are one window: a counter blurs each edge.
+                begin = trial.windows.pop()[0] if trial is last else own.mark()
+                answers[trial] = trial.block(client, requests, places.tolist())
                 trial.windows.append((begin, own.mark()))
+                last = trial
                 progress(sum(t.sent for t in trials), 2 * count)
+            was, now = (answers[trial] for trial in trials)
+            for place in was.keys() & now.keys():
+                distances.see(was[place], now[place])
+            only_new = trials[1].failures.keys() - trials[0].failures.keys()
+            if len(only_new) > limits.errors * count or len(trials[0].failures) == trials[0].sent:
+                break  # nothing that follows can change the verdict, and a dead version may take a second to say so
         sides = [trial.side(own.over(trial.windows)) for trial in trials]
     finally:
         if meter is None:
             own.close()
-    p50, p99 = (_ratio(trials[0].ms, trials[1].ms, q) for q in (50, 99))
-    distances = _distances(trials[0].answers, trials[1].answers)
-    few = min(len(trial.ms) for trial in trials) < FEW
-    found = Verdict((), sides[0], sides[1], p50, None if few else p99, distances)
-    return Verdict(tuple(_against(found, limits)), *(getattr(found, f) for f in Verdict.__slots__[1:]))
+    found = Verdict(
+        reasons=(),
+        old=sides[0],
+        new=sides[1],
+        only_new_failed=len(only_new),
+        p50=_ratio(trials[0].ms, trials[1].ms, 50),
+        p99=_ratio(trials[0].ms, trials[1].ms, 99),
+        distances=distances.found(),
+    )
+    return replace(found, reasons=tuple(_against(found, limits)))
 
 
 def _against(found: Verdict, limits: Limits) -> list[str]:
@@ -228,65 +266,71 @@ def _against(found: Verdict, limits: Limits) -> list[str]:
     old, new, reasons = found.old, found.new, []
     if old.failed == old.requests:
         return [f"{old.target} answered nothing itself, so nothing can be judged: {old.first_failure}"]
-    if new.failed > old.failed + limits.errors * new.requests:
+    if found.only_new_failed > limits.errors * new.requests:
         reasons.append(
-            f"{new.target} failed {new.failed} of {new.requests} requests, {old.target} {old.failed}: "
+            f"{new.target} failed {found.only_new_failed} of {new.requests} requests that {old.target} answered: "
             f"{new.first_failure}"
         )
     for name, ratio, limit in (("median", found.p50, limits.p50), ("99th percentile", found.p99, limits.p99)):
         if ratio is not None and ratio.low > limit:
             reasons.append(f"{name} latency is {ratio.value:.2f}x (at least {ratio.low:.2f}x), allowed is {limit:g}x")
     for name, distance in found.distances.items():
+        if distance.other is not None:
+            reasons.append(f"{name} is {distance.other}: clients of {old.target} cannot take it")
         if distance.lost:
             reasons.append(f"{name}: {distance.lost} values are no numbers where {old.target} answers numbers")
-        if limits.distance is not None and not distance.max_abs <= limits.distance:
-            reasons.append(f"{name}: answers differ by {distance.max_abs:g}, allowed is {limits.distance:g}")
+        if limits.distance is not None and (distance.max_abs is None or distance.max_abs > limits.distance):
+            far = "infinitely" if distance.max_abs is None else f"by {distance.max_abs:g}"
+            reasons.append(f"{name}: answers differ {far}, allowed is {limits.distance:g}")
     if limits.joules is not None:
         if old.joules_per_request is None or new.joules_per_request is None:
-            reasons.append(f"joules a request are unknown ({new.energy_reason}), so they cannot be held to a limit")
+            why = new.energy_reason or old.energy_reason
+            reasons.append(f"joules a request are unknown ({why}), so they cannot be held to a limit")
         elif new.joules_per_request > limits.joules * old.joules_per_request:
             ratio_j = new.joules_per_request / old.joules_per_request
             reasons.append(f"joules a request are {ratio_j:.2f}x, allowed is {limits.joules:g}x")
     return reasons
 
 
-def _ratio(old: Sequence[float], new: Sequence[float], percentile: float) -> Ratio | None:
-    """Ratio of percentiles with its bootstrap interval; the same samples always give the same interval."""
-    if not old or not new:
+def _ratio(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]], percentile: int) -> Ratio | None:
+    """Ratio of percentiles with its bootstrap interval; the same latencies always give the same interval."""
+    pairs = [(a, b) for a, b in zip(old, new, strict=True) if a and b]
+    was, now = (_Pool([pair[side] for pair in pairs]) for side in (0, 1))
+    if min(was.size, now.size) < FEWEST[percentile]:
         return None
-    draw = np.random.default_rng(0)
-    low, high = np.percentile(_resampled(new, percentile, draw) / _resampled(old, percentile, draw), [2.5, 97.5])
-    value = float(np.percentile(new, percentile) / np.percentile(old, percentile))
-    return Ratio(value, float(low), float(high))
+    once = np.ones(len(pairs), np.int64)
+    picks = np.random.default_rng(0).multinomial(len(pairs), once / len(pairs), _RESAMPLES)
+    ratios = [now.percentile(percentile, times) / was.percentile(percentile, times) for times in (once, *picks)]
+    low, high = np.percentile(ratios[1:], [2.5, 97.5])
+    return Ratio(ratios[0], float(low), float(high))
 
 
-def _resampled(values: Sequence[float], percentile: float, draw: np.random.Generator) -> npt.NDArray[np.float64]:
-    resamples = draw.choice(np.asarray(values, np.float64), (_RESAMPLES, len(values)))
-    return np.asarray(np.percentile(resamples, percentile, axis=1), np.float64)
+class _Pool:
+    """Latencies of all blocks, sorted once for all resamples."""
+
+    def __init__(self, blocks: Sequence[Sequence[float]]) -> None:
+        every = np.concatenate([np.empty(0), *map(np.asarray, blocks)])
+        order = np.argsort(every)
+        self.size = len(every)
+        self._sorted = every[order]
+        self._block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])[order]
+
+    def percentile(self, percentile: int, times: npt.NDArray[np.int64]) -> float:
+        """As numpy's, of a pool that holds block k `times[k]` times."""
+        upto = np.cumsum(times[self._block])
+        place = (upto[-1] - 1) * percentile / 100
+        low = math.floor(place)
+        a, b = self._sorted[np.searchsorted(upto, [low, min(low + 1, upto[-1] - 1)], side="right")]
+        return float(a + (place - low) * (b - a))
 
 
-def _distances(
-    old: dict[int, dict[str, npt.NDArray[Any]]], new: dict[int, dict[str, npt.NDArray[Any]]]
-) -> dict[str, Distance]:
-    """Distances over the requests that both answered, by output; one of another shape is infinitely far."""
-    both = sorted(old.keys() & new.keys())
-    names = sorted({name for place in both for name in old[place]})
-    found = {}
-    for name in names:
-        pairs = [(old[place][name], new[place].get(name)) for place in both]
-        if any(b is None or a.shape != b.shape for a, b in pairs):
-            found[name] = Distance(float("inf"), float("inf"), None, 0)
-            continue
-        was = np.concatenate([a.astype(np.float64).ravel() for a, _ in pairs])
-        now = np.concatenate([b.astype(np.float64).ravel() for _, b in pairs if b is not None])
-        finite = np.isfinite(was) & np.isfinite(now)
-        difference = np.abs(now - was)[finite]
-        rmse = float(np.sqrt(np.mean(difference**2))) if difference.size else 0.0
-        spread = float(was[np.isfinite(was)].std()) if np.isfinite(was).any() else 0.0
-        found[name] = Distance(
-            float(difference.max(initial=0.0)),
-            rmse,
-            rmse / spread if spread else None,
-            int((np.isfinite(was) & ~np.isfinite(now)).sum()),
-        )
-    return found
+def _sensors_of(url: str) -> Found | None:
+    """None, which is this host's GPUs; no sensor if the server runs elsewhere, as theirs is not its energy."""
+    host = urlsplit(url).hostname
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as own:
+                own.bind(address)  # only an address of this host can be bound
+    except OSError:
+        return Found((), f"{host} is another host: its energy is counted there, with gpuops beside the server")
+    return None

@@ -5,11 +5,11 @@
     probe     its golden request is answered rightly
     compare   both versions get the same requests (gpuops_serving.compare)
     promote   it is published under the model's own name beside the old one, loaded, read back and probed there
-    or reject the candidate is unloaded and removed, and the model's name was never touched
+    or reject the candidate is unloaded and removed, and the model is as it was
 
 So whoever asks for the model without a version gets the old version until the verdict, and after a promotion that goes
 wrong gets it back. Every step can be done again: what a killed rollout left is finished, or undone, by giving the same
-command again. The verdict is one event in the ledger.
+command again, and `roll_back` undoes it. One rollout of a model runs at a time. The verdict is one event in the ledger.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpuops.bundle import Bundle, read_bundle
+from gpuops.bundle import MANIFEST, Bundle, read_bundle
 from gpuops.energy.meter import Meter
 from gpuops.errors import GpuopsError, InputError, IntegrityError, UnavailableError
 from gpuops.lineage.ledger import Ledger
-from gpuops.spec import Arrays
+from gpuops.spec import Arrays, Signature
 from gpuops_serving.client import Client
 from gpuops_serving.compare import Limits, Target, Verdict, compare
-from gpuops_serving.config import CONFIG, VERSION_ID, Options, read_config
+from gpuops_serving.config import CONFIG, Options, options_of, read_config, served_version_ids
 from gpuops_serving.probe import probe
+from gpuops_serving.readback import prove, read_back
 from gpuops_serving.repository import (
     CANDIDATE,
     ServedVersion,
@@ -41,6 +43,12 @@ from gpuops_serving.repository import (
     withdraw,
     write_text,
 )
+from gpuops_serving.rollout_state import State, StateFile
+
+LOAD_TIMEOUT_S = 600.0
+"""Longest wait for a model to load: a client's own timeout is for answers, and torch alone may need as long."""
+_LOOK_S = 0.2
+BY_HAND = "rolled back by hand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +75,6 @@ class Outcome:
         return {**asdict(self), "verdict": None if self.verdict is None else self.verdict.to_json()}
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What a rollout that was killed leaves for the next one, in REPOSITORY/.rollout-<model>.json."""
-
-    id: str
-    version_id: str
-    number: int
-    stage: str
-    """"trial": the model's name is untouched; "promoting": it may not be."""
-
-
 def rollout(
     bundle: str | Path,
     repository: str | Path,
@@ -86,6 +83,8 @@ def rollout(
     ledger: Ledger,
     name: str | None = None,
     options: Options | None = None,
+    plan: Path | None = None,
+    keys: Sequence[Path] | None = None,
     requests: Sequence[Arrays] | None = None,
     count: int = 400,
     limits: Limits | None = None,
@@ -95,219 +94,274 @@ def rollout(
 ) -> Outcome:
     """Try a bundle beside the version that serves, and promote it or leave everything as it was.
 
+    A bundle that serves already changes nothing, unless `options` are given.
+
     Args:
         bundle: Bundle directory.
         repository: Model repository of the server, as this host sees it.
-        client: Connection to the server, with the key to load models.
+        client: Connection to the server over gRPC, with the key to load models.
         ledger: Told the verdict.
         name: Model name; the bundle's if None.
-        options: How it is served.
+        options: How it is served; as the version before, if None.
+        plan: TensorRT engine, for that backend.
+        keys: Public keys of which one must have signed the bundle; see `deploy`.
         requests: What both versions are compared on; golden samples, one by one, if None.
         count: Requests to each version.
         limits: How much worse the new version may be.
-        meter: Counts the server's GPUs; None looks for them here.
+        meter: Counts the server's GPUs; None takes this host's if the server runs here.
         say: Told what is being done.
         progress: Called with (requests done, requests in all) while they are compared.
 
     Raises:
-        InputError: no bundle there, other tensors than the version that serves, or another rollout was interrupted.
+        InputError: not over gRPC, no bundle there, other tensors than the version that serves, a repository that is not
+            the server's, another rollout under way or interrupted, or a model that was changed meanwhile.
         UnavailableError: the server is gone. The same call goes on when it is back.
-        IntegrityError: the version that serves does not answer rightly itself; nothing was changed.
+        IntegrityError: the bundle is damaged or not signed, or the version that serves does not answer rightly itself;
+            nothing was changed.
     """
+    if not client.grpc:
+        raise InputError(
+            f"{client.url}: while a model is loaded over HTTP, Triton lets most other HTTP clients wait: give a "
+            "grpc:// URL, clients of both are then answered throughout"
+        )
     opened = read_bundle(bundle)
-    work = _Rollout(opened, Path(repository), client, name or opened.name, options or Options(), say)
-    client.models()  # without the key, or a server, nothing is begun
-    work.refuse_other_tensors()
-    before = work.serving()
-    state = work.begin()
-    verdict: Verdict | None = None
-    try:
+    work = _Rollout(Path(repository), name or opened.name, client, say)
+
+    def put(place: str) -> None:
+        publish(opened, work.repository, place, chosen, number=state.number, plan=plan, keys=keys)
+
+    def judge(old: Target, new: Target) -> Verdict:
+        say(f"comparing {old.version} and {new.version} on {count} requests each")
+        asked = requests or opened.golden().rows()
+        return compare(client, old, new, asked, count=count, limits=limits, meter=meter, progress=progress)
+
+    with work.states.alone():
+        client.models()  # without the key, or a server, nothing is begun
+        found = work.states.read()
+        if found is None:
+            work.check_before(opened)
+            served = work.served()
+            if options is None and served and served[-1].version_id == opened.version_id:
+                say(f"version {served[-1].version} is this bundle and serves already")
+                return work.outcome(State("", opened.version_id, served[-1].version, None, "promoted"))
+            found = work.begin(opened)
+        elif found.version_id != opened.version_id:
+            raise InputError(
+                f"a rollout of {found.version_id[:12]} to {work.name!r} was interrupted: give its bundle again to "
+                "finish it, or roll back to undo it"
+            )
+        else:
+            say(f"going on with the rollout of version {found.number} ({found.stage})")
+        state, chosen = found, work.options() if options is None else options
         if state.stage == "trial":
-            work.stage(state.number)
-            if before:
-                say(f"comparing {before[-1].version} and {state.number} on {count} requests each")
-                verdict = compare(
-                    client,
-                    Target(work.name, str(before[-1].version)),
-                    Target(work.candidate, str(state.number)),
-                    requests or opened.golden().rows(),
-                    count=count,
-                    limits=limits,
-                    meter=meter,
-                    progress=progress,
-                )
-                if not verdict.ok:
-                    work.require_server()
-                    raise IntegrityError("; ".join(verdict.reasons))
-        work.promote(replace(state, stage="promoting"))
-        reasons: tuple[str, ...] = ()
-    except GpuopsError as error:
-        if isinstance(error, UnavailableError):
-            work.require_server()
-        reasons = verdict.reasons if verdict is not None and not verdict.ok else (str(error),)
-        say(f"rejected: {reasons[0]}")
-        work.restore(state.number)
-    return work.end(state, reasons, verdict, ledger)
+            state = work.states.write(work.tried(state, put, judge))
+        if state.stage == "promoting":
+            state = work.states.write(work.promoted(state, put))
+        if state.stage == "rejected":
+            say(f"rejected: {state.reasons[0]}")
+            work.restore(state)
+        return work.end(state, ledger)
 
 
 def roll_back(
     repository: str | Path, model: str, client: Client, *, ledger: Ledger, say: Callable[[str], None] = lambda _: None
 ) -> Outcome:
-    """Serve a model without its newest version, at once; the version before answers, proved by its golden request.
+    """Undo an interrupted rollout; if there is none, serve a model without its newest version, at once and proved.
+
+    The repository is changed first, so that a server which is down serves the version before when it comes up.
+
+    Returns:
+        What was undone and what serves now.
 
     Raises:
-        InputError: no version before it.
+        InputError: no such model here, no version before it, or a rollout is under way.
         UnavailableError, IntegrityError: the server is gone, or the version before answers wrongly.
     """
-    folder = Path(repository) / model
-    newest = served_versions_of(folder)[-1]
-    serving = withdraw(folder, newest.version)
-    say(f"serving {', '.join(map(str, serving))} without {newest.version}")
-    client.load(model)
-    read_back(client, folder)
-    for served in served_versions_of(folder):
-        probe(client, model, served.golden, served.tolerance, version=str(served.version))
-    made = Outcome(model, newest.version, newest.version_id, False, ("rolled back by hand",), tuple(serving), None)
-    ledger.append("roll-back", made.to_json())
-    return made
-
-
-def read_back(client: Client, model: Path, name: str | None = None) -> None:
-    """Compare what a server says of a model with the configuration in the repository.
-
-    Raises:
-        IntegrityError: it serves something else, as after a load with an overriding configuration, which sticks.
-    """
-    name = name or model.name
-    config = read_config(model / CONFIG)
-    wanted = {key: value.string_value for key, value in config.parameters.items() if key.startswith(VERSION_ID)}
-    found = {k: v for k, v in client.config(name)["parameters"].items() if k.startswith(VERSION_ID)}
-    if found != wanted:
-        raise IntegrityError(
-            f"{client.url} serves {name!r} by another configuration than {model / CONFIG} (an override at load time "
-            "sticks): unload the model and load it again"
-        )
-    ready = {state.version for state in client.models() if state.name == name and state.state == "READY"}
-    if missing := {str(v) for v in config.version_policy.specific.versions} - ready:
-        raise IntegrityError(f"{client.url}: versions {', '.join(sorted(missing))} of {name!r} are not ready")
+    work = _Rollout(Path(repository), model, client, say)
+    with work.states.alone():
+        state = work.states.read()
+        if state is not None and state.stage != "promoted":
+            say(f"undoing the rollout of version {state.number} ({state.stage})")
+            state = work.states.write(replace(state, stage="rejected", reasons=state.reasons or (BY_HAND,)))
+            work.restore(state)
+            return work.end(state, ledger)
+        if state is not None:
+            work.end(state, ledger)
+        newest = served_versions_of(work.model)[-1]
+        left = withdraw(work.model, newest.version)
+        say(f"serving {', '.join(map(str, left))} without {newest.version}")
+        work.load_and_prove(work.model)
+        made = work.outcome(State("", newest.version_id, newest.version, None, "rejected", (BY_HAND,)))
+        ledger.append("roll-back", made.to_json())
+        return made
 
 
 class _Rollout:
     """The steps; each one can be done again."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        repository: Path,
-        client: Client,
-        name: str,
-        options: Options,
-        say: Callable[[str], None],
-    ) -> None:
-        self.bundle, self.repository, self.client, self.options, self.say = bundle, repository, client, options, say
-        self.name, self.candidate = name, f"{name}{CANDIDATE}"
+    def __init__(self, repository: Path, name: str, client: Client, say: Callable[[str], None]) -> None:
+        self.repository, self.name, self.client, self.say = repository, name, client, say
         self.model, self.trial = repository / name, repository / f"{name}{CANDIDATE}"
-        self.file = repository / f".rollout-{name}.json"
+        self.states = StateFile(repository, name)
 
-    def serving(self) -> list[ServedVersion]:
-        """Versions that serve before the rollout, proved; empty if there is none."""
+    def served(self) -> list[ServedVersion]:
+        """Versions that the repository serves; none if the model is new."""
+        return served_versions_of(self.model) if (self.model / CONFIG).is_file() else []
+
+    def options(self) -> Options:
+        """How the model is served, so that both versions are; as `deploy` does if it is new."""
+        server = self.client.server_version()
         if not (self.model / CONFIG).is_file():
-            return []
-        if (state := self._read_state()) is not None and state.stage == "promoting":
-            return [v for v in served_versions_of(self.model) if v.version != state.number]
-        served = served_versions_of(self.model)
+            return Options(server_version=server)
+        return options_of(read_config(self.model / CONFIG), server)
+
+    def check_before(self, bundle: Bundle) -> None:
+        """Refuse a bundle that clients of the model could not ask, and a model that is not served as it should be."""
+        served = self.served()
+        if not served:
+            return
         newest = served[-1]
+        manifest = json.loads((self.model / str(newest.version) / MANIFEST).read_text())
+        was, now = Signature.from_json(manifest["signature"]), bundle.signature
+        if (was.inputs, was.outputs) != (now.inputs, now.outputs) or was.max_batch > now.max_batch:
+            raise InputError(
+                f"{self.name!r} serves {was}, the bundle has {now}: its clients would fail or misread; deploy it under "
+                "another name"
+            )
+        self._require_seen(self.model)
+        read_back(self.client, self.model)
         probe(self.client, self.name, newest.golden, newest.tolerance, version=str(newest.version))
-        return served
 
-    def refuse_other_tensors(self) -> None:
-        """One name stands for one wire format: clients of the old version must be able to ask the new one."""
-        if not (self.model / CONFIG).is_file():
-            return
-        served = read_config(self.model / CONFIG)
-        signature = self.bundle.signature
-        for side, specs in (("input", signature.inputs), ("output", signature.outputs)):
-            has = [(t.name, tuple(t.dims)) for t in getattr(served, side)]
-            wants = [(spec.name, spec.shape) for spec in specs]
-            if has != wants:
-                raise InputError(
-                    f"{self.name!r} serves {side} {has}, the bundle has {wants}: its clients would fail; deploy it "
-                    "under another name"
-                )
-
-    def begin(self) -> _State:
-        """The state of an interrupted rollout of this bundle, or a new one."""
-        if (state := self._read_state()) is not None:
-            if state.version_id != self.bundle.version_id:
-                raise InputError(
-                    f"a rollout of {state.version_id[:12]} to {self.name!r} was interrupted: give its bundle again to "
-                    f"finish it, or remove {self.file}"
-                )
-            self.say(f"going on with the rollout of version {state.number} ({state.stage})")
-            return state
+    def begin(self, bundle: Bundle) -> State:
+        """A new rollout's state; what one whose state was removed by hand may have left is removed."""
+        self.discard()
+        config = (self.model / CONFIG).read_text() if self.served() else None
         number = max(versions_in(self.model), default=0) + 1
-        state = _State(secrets.token_hex(8), self.bundle.version_id, number, "trial")
-        self._write_state(state)
-        return state
+        return self.states.write(State(secrets.token_hex(8), bundle.version_id, number, config, "trial"))
 
-    def stage(self, number: int) -> None:
-        """Publish, load, read back and probe the version under the candidate's name."""
-        self.say(f"publishing version {number} as {self.candidate}")
-        publish(self.bundle, self.repository, self.candidate, self.options, number=number)
-        self.say(f"loading {self.candidate}")
-        self._load_and_prove(self.trial, self.candidate)
+    def tried(self, state: State, put: Callable[[str], None], judge: Callable[[Target, Target], Verdict]) -> State:
+        """Publish, load, read back and probe the version under the candidate's name, and compare it."""
+        self.say(f"publishing version {state.number} as {self.trial.name}")
+        try:
+            put(self.trial.name)
+            self._require_seen(self.trial)
+        except (InputError, IntegrityError):  # nothing was tried, so there is no verdict
+            self.discard()
+            self.states.remove()
+            raise
+        self.say(f"loading {self.trial.name}")
+        try:
+            self.load_and_prove(self.trial)
+        except GpuopsError as error:
+            return self._rejected(state, error)
+        if not (served := self.served()):
+            return replace(state, stage="promoting")
+        verdict = judge(Target(self.name, str(served[-1].version)), Target(self.trial.name, str(state.number)))
+        if verdict.old.failed or verdict.new.failed:
+            try:
+                read_back(self.client, self.trial)
+            except (InputError, IntegrityError) as error:
+                raise UnavailableError(
+                    f"the server was started anew meanwhile: give the command again ({error})"
+                ) from error
+        stage = "promoting" if verdict.ok else "rejected"
+        return replace(state, stage=stage, reasons=verdict.reasons, verdict=verdict.to_json())
 
-    def promote(self, state: _State) -> None:
+    def promoted(self, state: State, put: Callable[[str], None]) -> State:
         """Publish, load, read back and probe the version under the model's own name."""
-        self._write_state(state)
+        config = (self.model / CONFIG).read_text() if (self.model / CONFIG).is_file() else None
+        if config != state.config and not self._points_to(state):
+            self.discard()
+            self.states.remove()
+            raise InputError(f"{self.model} was changed during the rollout (a deployment?): start it again")
         self.say(f"promoting version {state.number} of {self.name}")
-        publish(self.bundle, self.repository, self.name, self.options, number=state.number)
-        self._load_and_prove(self.model, self.name)
+        put(self.name)
+        try:
+            self.load_and_prove(self.model)
+        except GpuopsError as error:
+            return self._rejected(state, error)
+        return replace(state, stage="promoted")
 
-    def restore(self, number: int) -> None:
+    def restore(self, state: State) -> None:
         """Make the model serve what it served before, if a promotion had begun."""
-        state = self._read_state()
-        if state is None or state.stage != "promoting" or number not in versions_in(self.model):
-            return
-        if (self.model / CONFIG).is_file() and len(versions_in(self.model)) > 1:
-            withdraw(self.model, number)
-            self._load_and_prove(self.model, self.name)
-        else:  # the first version of all
-            self.client.unload(self.name)
-            shutil.rmtree(self.model, ignore_errors=True)
+        folder = self.model / str(state.number)
+        if state.config is None:
+            if self.model.is_dir():
+                self._unload(self.name)
+                shutil.rmtree(self.model)
+        elif folder.is_dir():
+            if self._points_to(state):
+                write_text(self.model / CONFIG, state.config)
+            self.load_and_prove(self.model)
+            shutil.rmtree(folder)  # last: as long as it is there, this is not done
 
-    def end(self, state: _State, reasons: tuple[str, ...], verdict: Verdict | None, ledger: Ledger) -> Outcome:
+    def end(self, state: State, ledger: Ledger) -> Outcome:
         """Remove the candidate, tell the ledger once, forget the state."""
-        if self.trial.is_dir():
-            with suppress(InputError):  # it was never loaded
-                self.client.unload(self.candidate)
-            shutil.rmtree(self.trial, ignore_errors=True)
-        served = tuple(v.version for v in served_versions_of(self.model)) if (self.model / CONFIG).is_file() else ()
-        made = Outcome(self.name, state.number, state.version_id, not reasons, reasons, served, verdict)
-        kind = "promote" if made.promoted else "reject"
-        if not any(event.body.get("rollout") == state.id for event in ledger.events(kind)):
-            ledger.append(kind, {"rollout": state.id, **made.to_json()})
-        self.file.unlink(missing_ok=True)
+        self.discard()
+        made = self.outcome(state)
+        if not any(event.body.get("rollout") == state.id for event in ledger.events()):
+            ledger.append("promote" if made.promoted else "reject", {"rollout": state.id, **made.to_json()})
+        self.states.remove()
         return made
 
-    def require_server(self) -> None:
-        """Raise UnavailableError if the server itself is gone, rather than one of its models."""
-        self.client.server_version()
+    def outcome(self, state: State) -> Outcome:
+        """What a state means for the caller."""
+        verdict = None if state.verdict is None else Verdict.from_json(state.verdict)
+        serving = tuple(version.version for version in self.served())
+        promoted = state.stage == "promoted"
+        return Outcome(self.name, state.number, state.version_id, promoted, state.reasons, serving, verdict)
 
-    def _load_and_prove(self, model: Path, name: str) -> None:
-        self.client.load(name)
-        read_back(self.client, model, name)
-        for served in served_versions_of(model):
-            probe(self.client, name, served.golden, served.tolerance, version=str(served.version))
+    def discard(self) -> None:
+        """Remove the candidate from the server and the repository."""
+        if self.trial.is_dir():
+            self._unload(self.trial.name)
+            shutil.rmtree(self.trial)
 
-    def _read_state(self) -> _State | None:
+    def load_and_prove(self, model: Path) -> None:
+        """Load a model; it must be served as its folder says, and every version must answer rightly."""
         try:
-            return _State(**json.loads(self.file.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise IntegrityError(f"{self.file} is not a rollout's state ({error}): remove it") from error
+            self.client.load(model.name)
+        except UnavailableError as error:  # it may only have taken longer than the client waits
+            self._wait_for_load(model.name)
+            try:
+                read_back(self.client, model)
+            except GpuopsError:
+                raise error from None
+        else:
+            read_back(self.client, model)
+        prove(self.client, model)
 
-    def _write_state(self, state: _State) -> None:
-        self.repository.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, json.dumps(asdict(state)) + "\n")
+    def _unload(self, name: str) -> None:
+        """Make the server drop a model, if it has it."""
+        try:
+            with suppress(InputError):  # it was never loaded
+                self.client.unload(name)
+        except UnavailableError:  # it answers when it has ended the model's processes; the order stands
+            self.client.server_version()
+
+    def _wait_for_load(self, name: str) -> None:
+        """Return when a load that the client did not wait for has ended, or is not under way at all."""
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not any(state.name == name and state.state == "LOADING" for state in self.client.models()):
+                return
+            time.sleep(_LOOK_S)
+
+    def _rejected(self, state: State, error: GpuopsError) -> State:
+        """The verdict that an error is, unless it is the server that is gone."""
+        if isinstance(error, UnavailableError):
+            self.client.server_version()
+        return replace(state, stage="rejected", reasons=(str(error),))
+
+    def _points_to(self, state: State) -> bool:
+        """Whether the model's configuration serves the version on trial."""
+        if not (self.model / CONFIG).is_file():
+            return False
+        return served_version_ids(read_config(self.model / CONFIG)).get(state.number) == state.version_id
+
+    def _require_seen(self, model: Path) -> None:
+        """Raise InputError unless the server reads the repository that is named."""
+        if model.name not in {state.name for state in self.client.models()}:
+            raise InputError(
+                f"the server at {self.client.url} does not see {model}: give the repository that it reads, on its host"
+            )
