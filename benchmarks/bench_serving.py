@@ -58,6 +58,7 @@ PACKAGES = ("gpuops", "onnxruntime", "tritonclient", "numpy", "torch")
 def main() -> None:
     parser = harness.arguments(__doc__ or "", "serving")
     parser.add_argument("--models", nargs="*", default=["small", "demo"], choices=["small", "demo"])
+    parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY), help="requests under way")
     options = parser.parse_args()
     rounds, seconds = (3, 0.6) if options.quick else (5, 1.0)
     rows: list[Row] = []
@@ -65,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpuops-bench-") as scratch, Progress() as progress:
         for model in options.models:
             bundle = serving_models.make(model, Path(scratch) / model)
-            bench = _Bench(bundle, Path(scratch), rounds, seconds, progress)
+            bench = _Bench(bundle, Path(scratch), rounds, seconds, options.concurrency, progress)
             rows += bench.throughput(limits)
             rows += bench.latency_bound(0.5 if options.quick else 3.0)
             rows += bench.client_overhead(200 if options.quick else 1000)
@@ -76,8 +77,17 @@ def main() -> None:
 class _Bench:
     """Every measurement on one model."""
 
-    def __init__(self, bundle: Bundle, scratch: Path, rounds: int, seconds: float, progress: Progress) -> None:
-        self.bundle, self.scratch, self.rounds, self.seconds, self.progress = bundle, scratch, rounds, seconds, progress
+    def __init__(
+        self,
+        bundle: Bundle,
+        scratch: Path,
+        rounds: int,
+        seconds: float,
+        concurrencies: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        self.bundle, self.scratch, self.progress = bundle, scratch, progress
+        self.rounds, self.seconds, self.concurrencies = rounds, seconds, concurrencies
         self.tuning = tune(bundle, say=progress.console.print)
         self.best: dict[tuple[str, str], float] = {}
 
@@ -87,7 +97,7 @@ class _Bench:
         ceiling: list[float] = []
         with ExitStack() as stack:
             subjects = [self._gpuops(stack), *self._peers(stack)]
-            cases = [(p, c) for p in ("http", "grpc") for c in CONCURRENCY]
+            cases = [(p, c) for p in ("http", "grpc") for c in self.concurrencies]
             jobs = [(case, s) for case in cases for s in subjects if case[0] in s.targets]
             task = self.progress.add_task(f"{self.bundle.name}: load", total=self.rounds * len(jobs))
             for number in range(self.rounds):
@@ -225,7 +235,7 @@ class _Bench:
         with TritonServer(folder, control=True) as server:
             started = time.perf_counter() - begin
             other = self._second_version()
-            with Client(server.http_url, access=server.access) as client, Ledger(self.scratch / "l.sqlite") as ledger:
+            with Client(server.grpc_url, access=server.access) as client, Ledger(self.scratch / "l.sqlite") as ledger:
                 rollout(other, folder, client, ledger=ledger, count=20)
                 begin = time.perf_counter()
                 roll_back(folder, self.bundle.name, client, ledger=ledger)

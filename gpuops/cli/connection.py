@@ -11,11 +11,9 @@ from gpuops.errors import InputError
 OPTIONS = ("server", "timeout", "header", "access", "tls_root", "tls_certificate", "tls_key")
 
 
-def add_connection(sub: Any) -> None:
+def add_connection(sub: Any, server: str = "http://127.0.0.1:8000") -> None:
     """Add the options to a command."""
-    sub.add_argument(
-        "--server", default="http://127.0.0.1:8000", help="http://HOST:PORT or grpc://HOST:PORT (https, grpcs for TLS)"
-    )
+    sub.add_argument("--server", default=server, help="http://HOST:PORT or grpc://HOST:PORT (https, grpcs for TLS)")
     sub.add_argument("--timeout", type=float, default=30.0, metavar="S", help="longest wait for an answer, seconds")
     sub.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with every call")
     sub.add_argument("--access", metavar="FILE", help="key file of restricted APIs, as `gpuops serve --control` writes")

@@ -8,6 +8,9 @@ from gpuops.cli.arguments import Commands, flag, ledger
 from gpuops.cli.connection import add_connection
 
 
+_GRPC = "grpc://127.0.0.1:8001"  # while a model is loaded over HTTP, Triton lets most other HTTP clients wait
+
+
 def add(commands: Commands) -> None:
     """Add the commands in the order in which they are used."""
     _bundles(commands)
@@ -142,7 +145,7 @@ def _deploying(commands: Commands) -> None:
     sub.add_argument("repository", help="model repository of the server, as this host sees it")
     _how_served(sub)
     _limits(sub)
-    add_connection(sub)
+    add_connection(sub, _GRPC)
     flag(sub, "--json", "print JSON")
     ledger(sub)
 
@@ -151,7 +154,7 @@ def _deploying(commands: Commands) -> None:
     )
     sub.add_argument("model", help="model name")
     sub.add_argument("repository", help="model repository of the server, as this host sees it")
-    add_connection(sub)
+    add_connection(sub, _GRPC)
     flag(sub, "--json", "print JSON")
     ledger(sub)
 

@@ -158,7 +158,7 @@ class Router:
             return await self._pass_on(request, headers, body)
         key = request.headers.get(STICKY) or _request_id(request.headers, body)
         chosen = random.random() < self.share if key is None else self.to_candidate(key)
-        if chosen:
+        if chosen and not self._shadow:
             reply = await self._ask(self.candidate, headers, body)
             if reply.status == 200 or not self._fallback:
                 return reply

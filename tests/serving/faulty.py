@@ -93,6 +93,10 @@ TritonPythonModel = _Sabotaged
 
 
 LIES = sabotaged(run="return {name: answer + 1 for name, answer in super().run(inputs).items()}")
+LIES_PROMOTED = sabotaged(
+    'self.off = ".candidate" not in folder',
+    "return {name: answer + self.off for name, answer in super().run(inputs).items()}",
+)
 REFUSES_PROMOTION = sabotaged('refuse("this place") if ".candidate" not in folder else None')
 
 

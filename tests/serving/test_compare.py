@@ -22,6 +22,7 @@ from gpuops.lineage.version import canonical_json
 from gpuops_serving import compare as room
 from gpuops_serving.client import Answer, Client
 from gpuops_serving.compare import BLOCKS, FEWEST, Limits, Ratio, Target, Verdict, compare
+from gpuops_serving.distance import Distance
 from gpuops_serving.repository import deploy
 
 ROWS = GOLDEN.rows()
@@ -196,6 +197,20 @@ def test_a_target_without_model_and_number_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="MODEL:VERSION"):
         Target.parse(text)
     assert Target.parse("a:b:3") == Target("a:b", "3")
+
+
+def test_answers_of_another_kind_condemn_always_and_infinitely_far_ones_if_distance_counts() -> None:
+    side = room.Side("m:1", 400, 0, None, 1.0, 1.0, None, "none")
+
+    def said(distance: Distance, limit: float | None) -> list[str]:
+        return room._against(
+            Verdict((), side, side, 0, None, None, {"y": distance}), dataclasses.replace(ANYTHING, distance=limit)
+        )
+
+    assert said(Distance(0.0, 0.0, None, 0, "missing"), None) == ["y is missing: clients of m:1 cannot take it"]
+    assert said(Distance(None, None, None, 0), None) == []
+    assert said(Distance(None, None, None, 0), 1.0) == ["y: answers differ infinitely, allowed is 1"]
+    assert said(Distance(1.0, 1.0, None, 0), 1.0) == []
 
 
 def test_nothing_to_ask_is_refused(place: Place) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import ANYTHING, GOLDEN, LIES, REFUSES_PROMOTION, Asking, Model, Place, reseal, sabotaged
+from faulty import ANYTHING, GOLDEN, LIES, LIES_PROMOTED, REFUSES_PROMOTION, Asking, Model, Place, reseal, sabotaged
 from tiny_bundle import SIGNATURE
 
 from gpuops.errors import InputError, IntegrityError, UnavailableError
@@ -111,14 +111,22 @@ def test_a_version_that_the_comparison_condemns_changes_nothing_and_the_ledger_s
     assert event.body["reasons"] == list(made.reasons)
 
 
-def test_a_promotion_that_goes_wrong_gives_the_old_versions_back(model: Model) -> None:
+@pytest.mark.parametrize("how", ["it does not load", "it answers wrongly"])
+def test_a_promotion_that_goes_wrong_gives_the_old_versions_back(model: Model, how: str) -> None:
     model.rollout(model.bundle("2", gain=0.25))
     before = (model.path / "config.pbtxt").read_text()
     with Asking(model.place.server.http_url, model.name, {"2": 0.25}) as asking:
-        made = model.rollout_sabotaged(model.bundle("3", gain=0.75), REFUSES_PROMOTION)
+        made = model.rollout_sabotaged(
+            model.bundle("3", gain=0.75), REFUSES_PROMOTION if "load" in how else LIES_PROMOTED
+        )
     assert (made.promoted, made.serving) == (False, (1, 2))
-    assert "refuses to serve" in made.reasons[0]
-    assert asking.wrong == []
+    assert ("refuses to serve" if "load" in how else "differs from its golden answers") in made.reasons[0]
+    # One that answers rightly under the candidate's name and wrongly under its own can be the default for a moment.
+    assert asking.wrong == [] or "wrongly" in how
+    assert {state.version for state in model.client.models() if (state.name, state.state) == (model.name, "READY")} == {
+        "1",
+        "2",
+    }
     model.serves(0.25, "2")
     assert model.client.answer(model.name, GOLDEN.inputs, "1").version == "1"
     assert (model.path / "config.pbtxt").read_text() == before
@@ -163,6 +171,7 @@ def test_a_configuration_that_sticks_is_found(model: Model) -> None:
     config = model.client.raw_config(model.name)
     for change in (
         {"parameters": {**config["parameters"], "gpuops.version_id": {"string_value": "f" * 64}}},
+        {"parameters": {**config["parameters"], "gpuops.version_id.9": {"string_value": "f" * 64}}},
         {"instance_group": [{"kind": "KIND_CPU", "count": 2}]},
         {"max_batch_size": 3, "dynamic_batching": {}},
     ):

@@ -73,6 +73,8 @@ def test_a_good_version_is_promoted_once_whenever_its_rollout_is_killed(place: P
             model.serves(gain, str(number))
             model.clean()
             assert events(model) == [("promote", f"{k:02d}") for k in range(1, kill + 1)]
+            compared = model.ledger.events()[-1].body["verdict"]
+            assert (compared["old"]["target"], compared["ok"]) == (f"good:{kill}", True)
     assert asking.wrong == []
     assert asking.numbers() == sorted(asking.numbers())  # nobody was ever sent back
     assert asking.numbers()[-1] == number

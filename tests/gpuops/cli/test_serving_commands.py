@@ -54,8 +54,8 @@ class Served:
     def cli(self, *arguments: object, server: str | None = None) -> subprocess.CompletedProcess[str]:
         return run_cli(*map(str, arguments), "--server", server or self.http)
 
-    def json(self, *arguments: object, code: int = 0) -> Any:
-        done = self.cli(*arguments, "--json")
+    def json(self, *arguments: object, code: int = 0, server: str | None = None) -> Any:
+        done = self.cli(*arguments, "--json", server=server)
         assert done.returncode == code, done.stderr
         return json.loads(done.stdout)
 
@@ -86,7 +86,7 @@ def second(served: Served, folder: Path) -> Path:
 
 def test_the_key_is_its_owners_alone(served: Served) -> None:
     assert served.control.stat().st_mode & 0o777 == 0o600
-    done = served.cli("rollback", "forecast", served.repository)
+    done = served.cli("rollback", "forecast", served.repository, server=served.grpc)
     assert done.returncode == 2
     assert "error" in done.stderr
 
@@ -96,7 +96,7 @@ def test_a_rollout_a_comparison_and_the_way_back(served: Served, tmp_path: Path)
     access = ("--access", served.control)
     bundle = second(served, tmp_path / "second")
     loose = ("--count", 20, "--max-p50", 1000, "--max-p99", 1000)
-    made = served.json("rollout", bundle, served.repository, *access, *loose)
+    made = served.json("rollout", bundle, served.repository, *access, *loose, server=served.grpc)
     assert (made["promoted"], made["serving"]) == (True, [1, 2])
     found = served.json("compare", "forecast:1", "forecast:2", *loose)
     assert found["ok"]
@@ -104,7 +104,7 @@ def test_a_rollout_a_comparison_and_the_way_back(served: Served, tmp_path: Path)
     done = served.cli("compare", "forecast:1", "forecast:2", "--count", 5, "--max-joules", 1.1)
     assert done.returncode == 1  # nothing counts joules here, so nothing can be held to a limit
     assert "because joules a request are unknown" in done.stdout
-    back = served.json("rollback", "forecast", served.repository, *access)
+    back = served.json("rollback", "forecast", served.repository, *access, server=served.grpc)
     assert back["serving"] == [1]
     done = run_cli("verify", served.bundle, "--server", served.grpc)
     assert done.returncode == 0, done.stderr
