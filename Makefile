@@ -1,5 +1,6 @@
 # make demo        set up and run the main job        make test       set up, then ruff, mypy, import-linter, pytest
 # make test-slow   the slow marker                    make bench      every benchmark, results under benchmarks/results/
+# make soak        a million samples through a server, every answer compared (SOAK="--samples N" for fewer)
 #
 # PYTHON=...      interpreter for the environment (default python3)
 # SYSTEM_SITE=1   use the packages that the interpreter has (its own torch and triton); install only what is missing
@@ -12,7 +13,7 @@ SERVER := .triton/pytriton/tritonserver/bin/tritonserver
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(if $(SYSTEM_SITE),system,own)
 
-.PHONY: demo test test-slow bench setup check-prerequisites clean
+.PHONY: demo test test-slow bench soak setup check-prerequisites clean
 
 demo: setup
 	@$(BIN)/gpuops demo $(DEMO)
@@ -28,6 +29,9 @@ test-slow: setup
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+soak: setup
+	@$(BIN)/python benchmarks/soak_serving.py $(SOAK)
 
 setup: check-prerequisites $(STAMP) $(SERVER)
 

@@ -7,7 +7,6 @@ from typing import Any
 from gpuops.cli.arguments import Commands, flag, ledger
 from gpuops.cli.connection import add_connection
 
-
 _GRPC = "grpc://127.0.0.1:8001"  # while a model is loaded over HTTP, Triton lets most other HTTP clients wait
 
 

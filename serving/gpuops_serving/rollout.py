@@ -154,7 +154,7 @@ def rollout(
             say(f"going on with the rollout of version {found.number} ({found.stage})")
         state, chosen = found, work.options() if options is None else options
         if state.stage == "trial":
-            state = work.tried(state, put, judge)
+            state = work.states.write(work.tried(state, put, judge))
         if state.stage == "promoting":
             state = work.states.write(work.promoted(state, put))
         if state.stage == "rejected":

@@ -15,8 +15,8 @@ from gpuops_serving.repository import deploy
 RELOADS = 200
 SETTLED = 40
 """Reloads after which allocators have what they need."""
-GROWTH_MB = 0.25
-"""Most that the server itself may grow for each reload; with a leaked stub's buffers it is more than 1."""
+GROWTH_MB = 0.1
+"""Most that the server itself may grow for each reload; measured: 0.0005."""
 
 
 @pytest.mark.slow
