@@ -191,14 +191,16 @@ def read_bundle(path: str | Path) -> Bundle:
         manifest = json.loads(file.read_text())
         recorded = manifest.pop("sha256")
         intact = recorded == hashlib.sha256(canonical_json(manifest)).hexdigest()
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise IntegrityError(f"{file} was changed after export: {advice}")
-    if manifest["schema"] != SCHEMA:
+    if manifest.get("schema") != SCHEMA:
         raise InputError(
-            f"{file} has schema {manifest['schema']}, this gpuops reads {SCHEMA}: use the gpuops that wrote it"
+            f"{file} has schema {manifest.get('schema')}, this gpuops reads {SCHEMA}: use the gpuops that wrote it"
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise IntegrityError(f"{file} lists no files: {advice}")
     for name, digest in manifest["files"].items():
         member = directory / name
         if not member.is_file() or file_sha256(member) != digest:

@@ -14,6 +14,7 @@ import base64
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,35 @@ def keygen(private: str | Path, public: str | Path) -> str:
     """Make a key pair, PEM; returns its id.
 
     Raises:
-        InputError: a file is there already.
-        UnavailableError: `cryptography` is not installed.
+        InputError: a file is there already, both are the same one, or a folder is missing.
+        UnavailableError: `cryptography` is not installed, or a file cannot be written. After any error neither is
+            there.
     """
     ed25519, serialization = _cryptography()
     private, public = Path(private), Path(public)
-    for path in (private, public):
-        if path.exists():
-            raise InputError(f"{path} exists: a key is never overwritten; name another file")
+    if os.path.realpath(private) == os.path.realpath(public):
+        raise InputError(f"{private} cannot be both keys: name a file for each")
     key = ed25519.Ed25519PrivateKey.generate()
     pem, none = serialization.Encoding.PEM, serialization.NoEncryption()
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none)
-    descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(secret)
-    with public.open("xb") as stream:
-        stream.write(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    shown = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    begun: list[Path] = []
+    try:
+        for path, content, mode in ((public, shown, 0o666), (private, secret, 0o600)):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            begun.append(path)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+    except OSError as error:
+        for left in begun:
+            left.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            raise InputError(f"{path} exists: a key is never overwritten; name another file") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise InputError(f"{path.parent} is no folder: make it first, or name another place") from error
+        raise UnavailableError(
+            f"{path} could not be written ({error.strerror}): make room or get leave to write, and try again"
+        ) from error
     return _key_id(key.public_key())
 
 
@@ -59,7 +73,7 @@ def sign(bundle: str | Path, private: str | Path) -> Path:
     Raises:
         InputError: no bundle, or no Ed25519 private key there.
         IntegrityError: the bundle differs from its manifest.
-        UnavailableError: `cryptography` is not installed.
+        UnavailableError: `cryptography` is not installed, or the signature cannot be written; the old one is kept.
     """
     ed25519, serialization = _cryptography()
     opened = read_bundle(bundle)
@@ -83,9 +97,18 @@ def sign(bundle: str | Path, private: str | Path) -> Path:
         "payload": base64.b64encode(payload).decode(),
         "signatures": [{"keyid": _key_id(key.public_key()), "sig": base64.b64encode(signature).decode()}],
     }
-    file = opened.path / SIGNATURE
-    file.unlink(missing_ok=True)  # it may be a link to somewhere else
-    file.write_text(json.dumps(envelope, indent=1) + "\n")
+    file, temporary = opened.path / SIGNATURE, opened.path / f".{SIGNATURE}.new"
+    try:
+        temporary.unlink(missing_ok=True)  # a killed process left it
+        with temporary.open("x") as stream:
+            stream.write(json.dumps(envelope, indent=1) + "\n")
+        os.replace(temporary, file)  # the file may be a link to somewhere else, which is left alone
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UnavailableError(
+            f"{file} could not be written ({error.strerror}): make room or get leave to write, and sign again"
+        ) from error
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 from gpuops.cli import connection
 from gpuops.cli.arguments import parser
-from gpuops.errors import GpuopsError, UnavailableError
+from gpuops.errors import GpuopsError, InputError, UnavailableError
 
 _EXTRAS = {
     "zarr": "data", "icechunk": "data", "dask": "data", "xarray": "data", "numcodecs": "data", "h5py": "data",
@@ -24,6 +25,8 @@ _EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; our own errors are one line on stderr and an exit code (gpuops.errors)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if odd := next((text for text in given if not text.isprintable() and not _encodable(text)), None):
+        _fail(InputError(f"{odd!r} is not UTF-8, as this would have to be written down: name it otherwise"))
     signal.signal(signal.SIGTERM, _terminated)  # so that half-written directories are removed
     if given[:1] == ["train"] and not {"-h", "--help"} & set(given[1:2]):
         _train(given[1:])
@@ -41,12 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["GPUOPS_LEDGER"] = path
     try:
         _run(parsed.subcommand, options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output (`| head`) has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered still goes there at exit
         raise SystemExit(128 + signal.SIGPIPE) from None
     except GpuopsError as error:
         _fail(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _fail(UnavailableError("what was said could not be written: the disk behind the output is full"))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
@@ -72,6 +80,14 @@ def _run(command: str, options: dict[str, Any]) -> None:
     if set(connection.OPTIONS) <= options.keys():
         options["connection"] = connection.Connection.taken_from(options)
     getattr(module, command)(**options)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _train(arguments: list[str]) -> None:

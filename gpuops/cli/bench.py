@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -37,15 +38,22 @@ def bench(
     json: bool,
 ) -> None:
     """Run every rate and concurrency that was asked for; each answer is checked."""
-    from gpuops_serving.load import closed_loop, measured, open_loop
+    from gpuops_serving.load import ARRIVALS, closed_loop, measured, open_loop
     from gpuops_serving.load_wire import GrpcEndpoint, HttpEndpoint, shots
 
+    if out is not None and not Path(out).resolve().parent.is_dir():
+        raise InputError(f"{Path(out).parent} is not a directory: make it first, so that no measurement is lost")
+    if arrivals not in ARRIVALS:
+        raise InputError(f"--arrivals {arrivals}: {' or '.join(ARRIVALS)}")
     if not rate and not concurrency:
         concurrency = [1, 8, 64]
     runs: list[dict[str, Any]] = []
     grpc = connection.server.startswith("grpc")
     endpoint = (GrpcEndpoint if grpc else HttpEndpoint)(connection.server)
     with connection.client() as client:
+        largest = client.config(model, version)["max_batch_size"] or 1
+        if not 1 <= size <= largest:
+            raise InputError(f"--size {size}: {model} takes 1 to {largest} samples a request")
         golden, tolerance = _golden(client, model, version, bundle, requests)
         made = shots(connection.server, model, golden, tolerance, version, size)
         loops = {f"rate {r:g}": partial(open_loop, rate_per_s=r, arrivals=arrivals) for r in rate}
@@ -63,6 +71,8 @@ def bench(
         print_json(document)
     else:
         _print(runs)
+    if not all(run["answered"] for run in runs):
+        raise SystemExit(1)
 
 
 def _golden(client: Any, model: str, version: str, bundle: str | None, requests: str | None) -> tuple[Golden, float]:
@@ -85,21 +95,20 @@ def _golden(client: Any, model: str, version: str, bundle: str | None, requests:
 
 
 def _print(runs: list[dict[str, Any]]) -> None:
-    table = Table("case", "answered/s", "p50 ms", "p95", "p99", "p99.9", "rejected", "failed", "batch", "J/request")
+    table = Table("case", "answers/s", "p50 ms", "p95", "p99", "p99.9", "failed", "batch", "J each", box=box.SIMPLE)
     for run in runs:
         latency = [_number(run["latency_ms"][name]) for name in ("p50_ms", "p95_ms", "p99_ms", "p999_ms")]
-        rejected = run["failed"].get("rejected", 0)
         batches = run["batches"] or {}
         executions = sum(batches.values())
         mean = sum(size * count for size, count in batches.items()) / executions if executions else None
+        failed, joules = sum(run["failed"].values()), run["joules_per_request"]
         table.add_row(
             run["case"],
             _number(run["answered_per_s"]),
             *latency,
-            str(rejected),
-            str(sum(run["failed"].values()) - rejected),
+            str(failed),
             _number(mean),
-            "null" if run["joules_per_request"] is None else _number(run["joules_per_request"]),
+            "null" if joules is None else _number(joules),
         )
     console = Console()
     console.print(table)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gpuops.cli.connection import Connection
 from gpuops.cli.output import print_json, progress, say
-from gpuops.errors import InputError
+from gpuops.errors import InputError, UnavailableError
 
 
 def meter(
@@ -37,7 +37,9 @@ def meter(
         server_meter = ServerMeter(client, trace=None if trace is None else TraceReader(trace, remove=True))
         if port is None:
             with server_meter, progress("seconds") as bar:
-                _watch(server_meter, seconds, every, bar)
+                answered = _watch(server_meter, seconds, every, bar)
+            if not answered:
+                raise UnavailableError(f"no answer from {connection.server} in {seconds:g} s: is a server there?")
             report = energy_report(server_meter)
             if json:
                 print_json(report)
@@ -54,14 +56,18 @@ def meter(
         exporter.run(every)
 
 
-def _watch(server_meter: Any, seconds: float, every: float, bar: Any) -> None:
-    begin = time.monotonic()
+def _watch(server_meter: Any, seconds: float, every: float, bar: Any) -> bool:
+    """Look at the server for a while; whether it ever answered."""
+    begin, answered = time.monotonic(), server_meter.last_error is None
     while (left := begin + seconds - time.monotonic()) > 0:
         time.sleep(min(every, left))
         server_meter.poll()
         bar(time.monotonic() - begin, seconds)
         if server_meter.last_error is not None:
             say(f"no answer: {server_meter.last_error}")
+        else:
+            answered = True
+    return answered
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -31,13 +31,21 @@ def fields(values: Mapping[str, Any]) -> None:
     """Print name and value, one a line."""
     width = max(map(len, values))
     for name, value in values.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        sys.stdout.write(f"{name:<{width}}  {shown}\n")
+        sys.stdout.write(f"{name:<{width}}  {_shown(value)}\n")
+
+
+def _shown(value: Any) -> str:
+    """A number with separators or four digits, a table in one line, anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def say(message: str) -> None:
     """Say what is being done, on stderr."""
-    errors.print(message, highlight=False)
+    errors.print(message, highlight=False, soft_wrap=True)
 
 
 @contextmanager

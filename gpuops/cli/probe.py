@@ -36,7 +36,8 @@ def probe(
             if json:
                 print_json(made.to_json())
             else:
-                sys.stdout.write(f"{len(made.recorded)} golden requests recorded in {folder}\n")
+                count = len(made.recorded)
+                sys.stdout.write(f"{count} golden request{'s' if count != 1 else ''} recorded in {folder}\n")
             return
         if inputs or overwrite:
             raise InputError("--inputs and --overwrite are for --record")

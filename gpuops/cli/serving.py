@@ -86,6 +86,10 @@ def serve(
 
     keys = public_keys(trusted)
     versions = served_versions(repository, keys=keys)
+    if control is not None and Path(control).exists():
+        raise InputError(
+            f"--control {control} is there: another server may have written it; name a new file, or remove it"
+        )
     if container:
         sys.stdout.write(container_command(Path(repository), (http_port, grpc_port, metrics_port)) + "\n")
         return
@@ -104,6 +108,7 @@ def serve(
         shared_memory=shared_memory,
         flags=[] if trace is None else trace_flags(Path(trace).absolute()),
     )
+    written: list[Path] = []
     with Ledger(ledger_path()) as ledger:
 
         def ready(running: TritonServer) -> None:
@@ -113,6 +118,7 @@ def serve(
                 say(f"warning: {warning}")
             if control is not None and running.access is not None:
                 write_access(Path(control), running.access)
+                written.append(Path(control))
             for url in (running.http_url, running.grpc_url, running.metrics_url):
                 sys.stdout.write(f"{url}\n")
             sys.stdout.flush()
@@ -120,8 +126,8 @@ def serve(
         try:
             run_server(server, ready)
         finally:
-            if control is not None:
-                Path(control).unlink(missing_ok=True)
+            for file in written:
+                file.unlink(missing_ok=True)
 
 
 def serving_options(
@@ -158,9 +164,11 @@ def public_keys(trusted: Sequence[str]) -> list[Path] | None:
 
 def write_access(file: Path, access: tuple[str, str]) -> None:
     """Keep the key of a server's restricted APIs where its owner alone can read it."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(" ".join(access) + "\n")
+    try:
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            stream.write(" ".join(access) + "\n")
+    except OSError as error:
+        raise InputError(f"the key cannot be written to {file} ({error.strerror}): name another file") from error
 
 
 def _tls(certificate: str | None, key: str | None, ca: str | None, mutual: bool) -> tuple[Any, dict[str, Any]]:

@@ -18,9 +18,9 @@ from tritonclient.grpc import model_config_pb2
 from gpuops.bundle import FORMAT_FILES
 from gpuops.errors import InputError
 from gpuops.spec import Signature
-from gpuops_serving.gates import require
+from gpuops_serving.gates import parse_version, require
+from gpuops_serving.scheduling import MOST, RateLimit, Sequences, Step
 from gpuops_serving.scheduling import Batching as Batching
-from gpuops_serving.scheduling import RateLimit, Sequences, Step
 
 CONFIG = "config.pbtxt"
 WARMUP = "warmup"
@@ -48,6 +48,8 @@ TRITON_TYPES = {
 }
 """Triton's name of each dtype that may cross the wire."""
 
+MOST_INSTANCES, MOST_THREADS = 1024, 4096
+"""Largest numbers of a model's instances and of an instance's threads that are taken for meant."""
 OLDEST_SERVER = "2.51.0"
 """The server that a configuration is written for unless another is named: the embedded one."""
 ENSEMBLE = "ensemble"
@@ -120,10 +122,16 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError(f"backend {self.backend!r} is unknown; there are {', '.join(BACKENDS)}")
-        if self.instances < 1 or self.threads < 0 or self.max_inflight < 0:
+        ranges = ((self.instances, 1, MOST_INSTANCES), (self.threads, 0, MOST_THREADS), (self.max_inflight, 0, MOST))
+        if any(not least <= number <= most for number, least, most in ranges):
             raise InputError(
                 f"{self.instances} instances of {self.threads} threads, {self.max_inflight} in flight: at least 1, 0, 0"
+                f", at most {MOST_INSTANCES}, {MOST_THREADS}, {MOST}"
             )
+        for text in (text for tag in self.tags.items() for text in tag):
+            if text != text.encode(errors="ignore").decode():
+                raise InputError(f"tag {text!r} is not text that UTF-8 can write: name another")
+        parse_version(self.server_version)
         if self.cache and isinstance(self.batching, Sequences):
             raise InputError("answers of a sequence depend on what came before and cannot be cached: leave cache")
         for gate in (*BACKENDS[self.backend].gates, *(["max_inflight_requests"] if self.max_inflight else [])):
@@ -320,7 +328,7 @@ def read_config(path: Path) -> Any:
     """Parse a config.pbtxt to a ModelConfig protobuf; InputError says in which line it is wrong."""
     try:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-    except text_format.ParseError as error:
+    except (text_format.ParseError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a model configuration ({error}): deploy the bundle again") from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from gpuops.errors import GpuopsError, UnavailableError
+from gpuops.errors import GpuopsError, InputError, UnavailableError
 from gpuops_serving.accounts import Totals
 from gpuops_serving.client import Client
 from gpuops_serving.metrics import ServerMeter
@@ -95,8 +95,11 @@ class Exporter:
         """Start answering scrapes; returns the port, a free one for 0.
 
         Raises:
+            InputError: no port has this number.
             UnavailableError: the port is taken.
         """
+        if not 0 <= port < 2**16:
+            raise InputError(f"port {port}: name one of 1 to 65535, or 0 for a free one")
         registry = CollectorRegistry()
         registry.register(self)
         try:

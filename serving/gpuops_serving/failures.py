@@ -33,7 +33,7 @@ _FORBIDDEN = ("401", "403", "407", "StatusCode.UNAUTHENTICATED", "StatusCode.PER
 _AWAY = ("502", "503", "504", "StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED")
 """Statuses with which nobody need be there: gRPC's own, and a proxy's."""
 _REMEDIES = {
-    "is restricted, expecting header": "give the name and secret of its key as access",
+    "is restricted, expecting header": "give the name and secret of its key as access (--access FILE)",
     "explicit model load / unload is not allowed": "start the server with model control",
     "decoupled transaction policy": "it answers a request more than once, which this client does not read",
 }

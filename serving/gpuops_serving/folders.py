@@ -23,6 +23,7 @@ from gpuops.signing import SIGNATURE
 from gpuops_serving.config import BACKENDS, CONFIG, ENSEMBLE, Options
 
 SHIM = Path(__file__).with_name("shim") / "model.py"
+_SERVED_BY = ("version_id", "signature", "sample", "tolerance", ENSEMBLE)
 _VERSION = re.compile(r"[1-9][0-9]*")
 _UNFINISHED = re.compile(r"\.([0-9]+)\.(?:(new)-.*|replaced)")  # as gpuops.atomic.new_directory names them
 
@@ -34,12 +35,30 @@ def versions_in(model: Path) -> list[int]:
     return sorted(int(p.name) for p in model.iterdir() if _VERSION.fullmatch(p.name))
 
 
+def named(path: str | Path) -> Path:
+    """A path that was given; InputError if it is empty, which `Path` would take for the working directory."""
+    if not str(path):
+        raise InputError("the path of a folder is empty: name it, or write . for the one you are in")
+    return Path(path)
+
+
+def require_layout(model: Path) -> None:
+    """Raise InputError if a file lies where a model's folders belong, or a folder where its configuration does."""
+    for path in (*reversed(model.parents), model, *(model / str(number) for number in versions_in(model))):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file, where a model repository has a folder: move it, or name another place")
+    if (model / CONFIG).is_dir():
+        raise InputError(f"{model / CONFIG} is a folder, where a model has its configuration: move it away")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a version folder; IntegrityError if it is missing or no JSON."""
+    """The manifest of a version folder; IntegrityError if it is missing or none."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{folder} is incomplete ({error}): deploy its bundle again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise IntegrityError(f"{folder / MANIFEST} lists no files: deploy its bundle again")
     return manifest
 
 
@@ -85,9 +104,13 @@ def fill(folder: Path, files: Mapping[str, Path]) -> None:
 def holds(folder: Path, files: Mapping[str, Path], bundle: Bundle) -> bool:
     """Whether a version folder is what `fill` would write.
 
-    The manifest of a bundle that was exported again may differ, where nobody signed it: it holds times.
+    The manifest of a bundle that was exported again may differ, where nobody signed it: it holds times. What is served
+    by it may not.
     """
-    if names_in(folder) != set(files) or read_manifest(folder).get("version_id") != bundle.version_id:
+    if names_in(folder) != set(files):
+        return False
+    manifest = read_manifest(folder)
+    if any(manifest.get(key) != bundle.manifest.get(key) for key in _SERVED_BY):
         return False
     free = () if SIGNATURE in files else (MANIFEST,)
     return all(file_sha256(folder / file) == file_sha256(source) for file, source in files.items() if file not in free)
@@ -107,7 +130,7 @@ def intact(folder: Path, sealed: Mapping[str, str]) -> bool:
     """
     try:
         seals: dict[str, str] = read_manifest(folder)["files"]
-    except (IntegrityError, KeyError):
+    except IntegrityError:
         return False
     return all(
         (folder / file).is_file() and (name not in seals or file_sha256(folder / file) == seals[name])
@@ -167,7 +190,7 @@ def write_text(path: Path, text: str) -> None:
 def remove_unfinished(model: Path) -> None:
     """Remove what killed deployments left in a model's folder, whose repository must be locked."""
     for left in model.glob(".*"):
-        if left.name.startswith(f".{CONFIG}-"):
+        if left.name.startswith((f".{CONFIG}-", "..served-")):  # half a text, by `write_text`
             left.unlink(missing_ok=True)
         elif (found := _UNFINISHED.fullmatch(left.name)) and (found[2] or (model / found[1]).exists()):
             remove_unless_locked(left)

@@ -29,6 +29,9 @@ from gpuops_serving.load_wire import Endpoint, Shot
 from gpuops_serving.metrics import ServerMeter
 
 PERCENTILES = {"p50_ms": 50.0, "p95_ms": 95.0, "p99_ms": 99.0, "p999_ms": 99.9}
+ARRIVALS = ("poisson", "constant")
+FASTEST_PER_S = 20_000
+"""Requests a second beyond which an open loop would measure itself."""
 _SETTLE_S = 30.0
 """Longest wait for answers after the last request was sent."""
 
@@ -97,6 +100,8 @@ def open_loop(
         UnavailableError: the server cannot be reached.
     """
     _check(shots, seconds=seconds, rate_per_s=rate_per_s)
+    if rate_per_s > FASTEST_PER_S:
+        raise InputError(f"{rate_per_s:g} requests a second: one thread sends {FASTEST_PER_S} at most; run several")
     due = schedule(rate_per_s, warm_up_s + seconds, arrivals, seed)
     recorder = _Recorder()
 

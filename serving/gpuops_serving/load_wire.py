@@ -30,7 +30,7 @@ REJECTED = "rejected"
 """What is wrong where a server has too much to do: a full queue, 429, 503, UNAVAILABLE."""
 CONNECTIONS = 512
 """HTTP connections that are opened at most; a request waits for one, in its latency."""
-_HEADER_LENGTH = b"inference-header-content-length:"
+_HEADER_LENGTH, _LENGTH = b"inference-header-content-length", b"content-length"
 
 Check = Callable[[bytes, bytes], str | None]
 """(headers in lower case, body) of an answer to what is wrong with it, or None."""
@@ -133,26 +133,37 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
+        try:
+            self._take()
+        except ValueError as error:  # whatever this is, it is no HTTP/1.1
+            self._end(ConnectionError(f"no HTTP answer ({error})"))
+            self.close()
+
+    def _take(self) -> None:
+        """Give out the answer once all of it is there."""
         if not self._needed:
             end = self._received.find(b"\r\n\r\n")
             if end < 0:
                 return
             self._head = end + 4
-            headers = bytes(self._received[:end]).lower()
-            self._needed = self._head + _number(headers, b"content-length:")
+            self._needed = self._head + _number(bytes(self._received[: self._head]).lower(), _LENGTH)
         if len(self._received) < self._needed or self._answer is None:
             return
         content, self._received = bytes(self._received), bytearray()
         headers = content[: self._head].lower()
+        status = int(headers[9:12])
         self.lost = b"connection: close" in headers
         answer, self._answer = self._answer, None
         if not answer.done():
-            answer.set_result((int(headers[9:12]), headers, content[self._head :]))
+            answer.set_result((status, headers, content[self._head :]))
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def _end(self, error: Exception) -> None:
         self.lost = True
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error or ConnectionResetError("closed by the server"))
+            self._answer.set_exception(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(error or ConnectionResetError("closed by the server"))
 
 
 class GrpcEndpoint:
@@ -280,8 +291,9 @@ def compared(golden: Golden, tolerance: float, decode: Callable[[bytes, bytes], 
 
 def _number(headers: bytes, name: bytes) -> int:
     """Number in a header; 0 if there is none."""
-    at = headers.find(name)
-    return int(headers[at + len(name) :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+    start = b"\r\n" + name + b":"  # one header's name ends like another's
+    at = headers.find(start)
+    return int(headers[at + len(start) :].split(b"\r\n", 1)[0]) if at >= 0 else 0
 
 
 def _full(body: bytes) -> bool:

@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from gpuops.atomic import locked, new_directory
 from gpuops.bundle import FORMAT_FILES, GOLDEN, MANIFEST, file_sha256
 from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops.lineage.version import canonical_json
 from gpuops_serving.config import BACKENDS, CONFIG, WARMUP, backend_of, read_config
-from gpuops_serving.folders import intact
+from gpuops_serving.folders import intact, named
 from gpuops_serving.repository import ServedVersion, served_versions
 
 SCHEMA = 1
@@ -74,7 +75,7 @@ def publish_repository(
         IntegrityError: a version is not what its manifest says, or not signed.
         UnavailableError: obstore is not installed, or the store cannot be reached.
     """
-    if not Path(repository).is_dir():
+    if not named(repository).is_dir():
         raise InputError(f"{repository} is not a model repository: make one with `gpuops deploy BUNDLE {repository}`")
     opened = _open(store, create=True)
     with _translated(store):
@@ -127,13 +128,13 @@ def fetch_repository(
         IntegrityError: an object is missing or changed, or a version is not what its manifest says.
         UnavailableError: obstore is not installed, the store cannot be reached, or the disk is full.
     """
-    opened = _open(store)
+    folder, opened = named(destination), _open(store)
     with _translated(store):
         pointer = _current(opened) if number is None else _read(opened, number)
         if pointer is None:
             raise InputError(f"{store} has no publication {number or ''}: publish a repository there first")
         listing = _listing(opened, pointer.snapshot)
-        with new_directory(Path(destination), overwrite=overwrite) as temporary:
+        with new_directory(folder, overwrite=overwrite) as temporary:
             for path, about in listing.items():
                 say(f"{path} ({about['size']} bytes)")
                 _download(opened, f"snapshots/{pointer.snapshot}/{path}", temporary / path, about)
@@ -222,13 +223,21 @@ def _open(store: Any, *, create: bool = False) -> _Place:
     if not isinstance(store, str):
         return _Place(store, obstore)
     try:
-        if create and store.startswith("file:"):
-            return _Place(obstore.store.LocalStore.from_url(store, mkdir=True), obstore)
+        if store.startswith("file:"):
+            folder = Path(unquote(urlsplit(store).path))
+            if not folder.name:
+                raise InputError(f"{store!r} names no folder: write file:///FOLDER")
+            if create:
+                return _Place(obstore.store.LocalStore.from_url(store, mkdir=True), obstore)
+            if not folder.is_dir():
+                raise InputError(f"{store} is no folder, so nothing was published there: publish a repository first")
         return _Place(obstore.store.from_url(store), obstore)
-    except obstore.exceptions.BaseError as error:
-        raise InputError(
-            f"{store!r} is no object store: write s3://BUCKET/PREFIX or file:///FOLDER there is"
-        ) from error
+    except InputError:
+        raise
+    except OSError as error:
+        raise UnavailableError(f"{store} cannot be used ({error}): name a folder that can be written to") from error
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise InputError(f"{store!r} is no object store: write s3://BUCKET/PREFIX or file:///FOLDER") from error
 
 
 @contextmanager
@@ -251,26 +260,39 @@ def _current(place: _Place) -> Pointer | None:
 
 
 def _read(place: _Place, number: int) -> Pointer | None:
-    content = place.get(f"pointers/{number:08d}.json")
+    content = place.get(_pointer_name(number))
     if content is None:
         return None
     try:
         document = json.loads(content)
         newer = document.pop("schema") != SCHEMA
         pointer = None if newer else Pointer(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"publication {number} is not one of ours ({error}): fetch an earlier one") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _stray(number, str(error)) from error
     if pointer is None:
         raise InputError(f"publication {number} is of a newer gpuops: use that one")
     if pointer.number != number or not _ID.fullmatch(str(pointer.snapshot)):
-        raise IntegrityError(f"publication {number} is not one of ours (it names another): fetch an earlier one")
+        raise _stray(number, "it names another")
     return pointer
+
+
+def _stray(number: int, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"publication {number} is not one of ours ({why}): fetch an earlier one by its number; to publish, remove "
+        f"{_pointer_name(number)} first"
+    )
+
+
+def _pointer_name(number: int) -> str:
+    return f"pointers/{number:08d}.json"
 
 
 def _point(place: _Place, store: Any, pointer: Pointer) -> Pointer:
     """Write a pointer, or raise InputError if one of that number is there."""
     content = canonical_json({"schema": SCHEMA, **asdict(pointer)})
-    if not place.create(f"pointers/{pointer.number:08d}.json", content):
+    if not _POINTER.fullmatch(_pointer_name(pointer.number)):
+        raise InputError(f"{store} has the last publication there can be: remove {_pointer_name(pointer.number - 1)}")
+    if not place.create(_pointer_name(pointer.number), content):
         other = _current(place)
         raise InputError(
             f"someone else published to {store} meanwhile (publication {other.number if other else pointer.number}): "

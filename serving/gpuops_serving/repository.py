@@ -46,9 +46,11 @@ from gpuops_serving.folders import (
     fill,
     holds,
     intact,
+    named,
     names_in,
     read_manifest,
     remove_unfinished,
+    require_layout,
     sources,
     staged,
     versions_in,
@@ -66,6 +68,7 @@ __all__ = [
     "deploy",
     "point",
     "publish",
+    "require_name",
     "served_versions",
     "served_versions_of",
     "versions_in",
@@ -147,10 +150,17 @@ def deploy(
         UnavailableError: the disk is full, or the repository cannot be written. After any error it is as it was.
     """
     bundle = read_bundle(bundle_path)
-    name = bundle.name if name is None else name
+    name = require_name(bundle.name if name is None else name)
+    return publish(bundle, named(repository), name, options or Options(), tuning=tuning, plan=plan, keys=keys)
+
+
+def require_name(name: str) -> str:
+    """The name, unless a model may not have it: InputError."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"model name {name!r}: use letters, digits, '_', '-' and '.' (it is put in URLs)")
     if name.endswith(CANDIDATE):
         raise InputError(f"model name {name!r}: {CANDIDATE!r} at the end is for versions on trial; name another")
-    return publish(bundle, Path(repository), name, options or Options(), tuning=tuning, plan=plan, keys=keys)
+    return name
 
 
 def publish(
@@ -165,8 +175,7 @@ def publish(
     keys: Sequence[Path] | None = None,
 ) -> Deployment:
     """As `deploy`, for an open bundle and, with `number`, as that very version."""
-    if not _NAME.fullmatch(name):
-        raise InputError(f"model name {name!r}: use letters, digits, '_', '-' and '.' (it is put in URLs)")
+    require_name(name.removesuffix(CANDIDATE))
     trusted = trusted_keys() if keys is None else keys
     if trusted:
         verify(bundle.path, trusted)
@@ -175,6 +184,7 @@ def publish(
     files = sources(bundle, options, plan)
     model = repository / name
     with _writing(model):
+        require_layout(model)
         repository.mkdir(parents=True, exist_ok=True)
         with locked(repository):  # one deployment at a time chooses a version number
             _require_steps(bundle, repository)
@@ -228,6 +238,7 @@ def _publish(
             with new_directory(folder, overwrite=number is not None) as temporary:
                 write(temporary)
         try:
+            _keep_configuration(model, kept, version)
             point(model, [*kept, version], options, tuning)
         except BaseException:
             if not written:
@@ -275,13 +286,15 @@ def withdraw(model: Path, version: int) -> list[int]:
     with _writing(model), locked(model.parent):
         remove_unfinished(model)
         config = read_config(model / CONFIG)
-        left = [number for number in served_version_ids(config) if number != version] or [
-            number for number in versions_in(model) if number < version
-        ][-1:]
+        left = [number for number in served_version_ids(config) if number != version]
         if not left:
-            raise InputError(
-                f"{model} has no version but {version} to fall back on: deploy another bundle, or stop serving"
-            )
+            left = [number for number in versions_in(model) if number < version][-1:]
+            if not left:
+                raise InputError(
+                    f"{model} has no version but {version} to fall back on: deploy another bundle, or stop serving"
+                )
+            if (before := model / _served_as(left[0])).is_file():  # perhaps by another backend
+                config = read_config(before)
         manifest = read_manifest(model / str(max(left)))
         for key in [key for key in config.parameters if key.startswith(f"{VERSION_ID}.")]:
             del config.parameters[key]
@@ -296,6 +309,19 @@ def withdraw(model: Path, version: int) -> list[int]:
                 step.write(config.ensemble_scheduling)
         write_text(model / CONFIG, config_text(config))
     return sorted(left)
+
+
+def _served_as(version: int) -> str:
+    """Name under which a model keeps the configuration that served a version, where the next one cannot describe it."""
+    return f".served-{version}.pbtxt"
+
+
+def _keep_configuration(model: Path, kept: Sequence[int], version: int) -> None:
+    """Keep the pointer for `withdraw` where no version stays beside the new one, as when that has another backend."""
+    if not kept and (model / CONFIG).is_file():
+        before = [number for number in served_version_ids(read_config(model / CONFIG)) if number < version]
+        if before:
+            write_text(model / _served_as(max(before)), (model / CONFIG).read_text())
 
 
 def served_versions(repository: str | Path, *, keys: Sequence[Path] | None = None) -> list[ServedVersion]:

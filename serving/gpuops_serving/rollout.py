@@ -32,12 +32,14 @@ from gpuops.spec import Arrays, Signature
 from gpuops_serving.client import Client
 from gpuops_serving.compare import Limits, Target, Verdict, compare
 from gpuops_serving.config import CONFIG, Options, options_of, read_config, served_version_ids
+from gpuops_serving.folders import holds, named, sources
 from gpuops_serving.probe import probe
 from gpuops_serving.readback import prove, read_back
 from gpuops_serving.repository import (
     CANDIDATE,
     ServedVersion,
     publish,
+    require_name,
     served_versions_of,
     versions_in,
     withdraw,
@@ -125,7 +127,7 @@ def rollout(
             "grpc:// URL, clients of both are then answered throughout"
         )
     opened = read_bundle(bundle)
-    work = _Rollout(Path(repository), name or opened.name, client, say)
+    work = _Rollout(named(repository), opened.name if name is None else name, client, say)
 
     def put(place: str) -> None:
         publish(opened, work.repository, place, chosen, number=state.number, plan=plan, keys=keys)
@@ -141,7 +143,7 @@ def rollout(
         if found is None:
             work.check_before(opened)
             served = work.served()
-            if options is None and served and served[-1].version_id == opened.version_id:
+            if options is None and served and work.is_there(opened, served[-1], plan):
                 say(f"version {served[-1].version} is this bundle and serves already")
                 return work.outcome(State("", opened.version_id, served[-1].version, None, "promoted"))
             found = work.begin(opened)
@@ -177,7 +179,7 @@ def roll_back(
         InputError: no such model here, no version before it, or a rollout is under way.
         UnavailableError, IntegrityError: the server is gone, or the version before answers wrongly.
     """
-    work = _Rollout(Path(repository), model, client, say)
+    work = _Rollout(named(repository), model, client, say)
     with work.states.alone():
         state = work.states.read()
         if state is not None and state.stage != "promoted":
@@ -188,9 +190,14 @@ def roll_back(
         if state is not None:
             work.end(state, ledger)
         newest = served_versions_of(work.model)[-1]
+        served = (work.model / CONFIG).read_text()
         left = withdraw(work.model, newest.version)
         say(f"serving {', '.join(map(str, left))} without {newest.version}")
-        work.load_and_prove(work.model)
+        try:
+            work.load_and_prove(work.model)
+        except (InputError, IntegrityError):  # the server has it and cannot serve it: better the version that answers
+            write_text(work.model / CONFIG, served)
+            raise
         made = work.outcome(State("", newest.version_id, newest.version, None, "rejected", (BY_HAND,)))
         ledger.append("roll-back", made.to_json())
         return made
@@ -200,7 +207,7 @@ class _Rollout:
     """The steps; each one can be done again."""
 
     def __init__(self, repository: Path, name: str, client: Client, say: Callable[[str], None]) -> None:
-        self.repository, self.name, self.client, self.say = repository, name, client, say
+        self.repository, self.name, self.client, self.say = repository, require_name(name), client, say
         self.model, self.trial = repository / name, repository / f"{name}{CANDIDATE}"
         self.states = StateFile(repository, name)
 
@@ -231,6 +238,12 @@ class _Rollout:
         self._require_seen(self.model)
         read_back(self.client, self.model)
         probe(self.client, self.name, newest.golden, newest.tolerance, version=str(newest.version))
+
+    def is_there(self, bundle: Bundle, version: ServedVersion, plan: Path | None) -> bool:
+        """Whether a version is the bundle, as `deploy` would write it; the same weights alone do not make it so."""
+        if version.version_id != bundle.version_id:
+            return False
+        return holds(self.model / str(version.version), sources(bundle, self.options(), plan), bundle)
 
     def begin(self, bundle: Bundle) -> State:
         """A new rollout's state; what one whose state was removed by hand may have left is removed."""

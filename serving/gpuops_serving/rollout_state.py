@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpuops.errors import InputError, IntegrityError
+from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops_serving.repository import write_text
 
 
@@ -54,7 +54,7 @@ class StateFile:
             return State(**{**document, "reasons": tuple(document["reasons"])})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise IntegrityError(f"{self.path} is not a rollout's state ({error}): remove it") from error
 
     def write(self, state: State) -> State:
@@ -75,12 +75,18 @@ class StateFile:
 
         Raises:
             InputError: no such folder here, or another rollout is under way.
+            UnavailableError: the repository cannot be written.
         """
         if not self._repository.is_dir():
             raise InputError(f"{self._repository} is no folder here: name the model repository that the server reads")
         path = self.path.with_suffix(".lock")
         while True:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise UnavailableError(
+                    f"{path} cannot be written ({error.strerror}), so no rollout can begin: get leave to write there"
+                ) from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -69,7 +69,7 @@ class Router:
         timeout_s: Longest wait for the server to go on, in seconds.
 
     Raises:
-        InputError: no HTTP server's URL, or a share that is none.
+        InputError: no HTTP server's URL, or a share or a port that is none.
     """
 
     def __init__(
@@ -84,11 +84,17 @@ class Router:
         port: int = 0,
         timeout_s: float = 30.0,
     ) -> None:
-        parts = urlsplit(upstream)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(upstream)
+            complete = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # half a bracket, a port that is none
+            complete = False
+        if not complete:
             raise InputError(f"{upstream!r} is no HTTP server: write http://HOST:PORT (gRPC is not routed)")
         if not 0.0 <= share <= 1.0:
             raise InputError(f"a share of {share:g}: give 0 (all to {stable}) to 1 (all to {candidate})")
+        if not 0 <= port < 2**16:
+            raise InputError(f"port {port}: name one of 1 to 65535, or 0 for a free one")
         self._upstream = f"{parts.scheme}://{parts.netloc}"
         self.stable, self.candidate, self.share = stable, candidate, share
         self._shadow, self._fallback, self._port, self._timeout_s = shadow, fallback, port, timeout_s

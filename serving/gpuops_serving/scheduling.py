@@ -18,6 +18,10 @@ from tritonclient.grpc import model_config_pb2
 
 from gpuops.errors import InputError
 
+MOST = 2**31 - 1
+"""Largest count of a configuration's fields: batch sizes are int32."""
+_LONGEST_US = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Queue:
@@ -33,8 +37,11 @@ class Queue:
     """A request may bring a shorter limit of its own."""
 
     def __post_init__(self) -> None:
-        if self.size < 0 or self.timeout_us < 0:
-            raise InputError(f"a queue of {self.size} requests for {self.timeout_us} us: 0 (no limit) or more")
+        if not (0 <= self.size <= MOST and 0 <= self.timeout_us <= _LONGEST_US):
+            raise InputError(
+                f"a queue of {self.size} requests for {self.timeout_us} us: 0 (no limit) or more, at most {MOST} "
+                f"requests and {_LONGEST_US} us"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +71,19 @@ class Batching:
 
     def __post_init__(self) -> None:
         Queue(self.queue_size, self.timeout_us)
-        if self.delay_us < 0 or any(size < 1 for size in self.preferred):
-            raise InputError(f"batches of {self.preferred} after {self.delay_us} us: sizes from 1, microseconds from 0")
+        if not 0 <= self.delay_us <= _LONGEST_US or any(not 1 <= size <= MOST for size in self.preferred):
+            raise InputError(
+                f"batches of {self.preferred} after {self.delay_us} us: sizes from 1 to {MOST}, microseconds from 0 to "
+                f"{_LONGEST_US}"
+            )
         levels = range(1, self.priorities + 1)
-        if self.priorities < 0 or (self.default_priority not in levels if self.priorities else self.default_priority):
+        fits = self.default_priority in levels if self.priorities else not self.default_priority
+        if not 0 <= self.priorities <= MOST or not fits:
             raise InputError(
                 f"default priority {self.default_priority} of {self.priorities}: name one of 1 (most urgent) to "
                 f"{self.priorities}, or 0 with no priorities"
             )
-        if wrong := sorted(set(self.queues) - set(levels)):
+        if wrong := sorted(level for level in self.queues if level not in levels):
             raise InputError(f"a queue for priority {wrong[0]}: there are {self.priorities} priorities, 1 the first")
         late = [self.late and self.timeout_us, *(queue.late and queue.timeout_us for queue in self.queues.values())]
         if self.preserve_order and (self.priorities > 1 or any(late)):
@@ -142,8 +153,12 @@ class Sequences:
         names = [name for name in (self.start, self.end, self.ready, self.id) if name]
         if len(set(names)) != len(names):
             raise InputError(f"control inputs {names}: name each one differently")
-        if self.idle_us < 1 or self.candidates < 0 or self.delay_us < 0 or any(size < 1 for size in self.preferred):
-            raise InputError(f"{self}: sizes and microseconds from 0, idle_us and preferred sizes from 1")
+        times = 1 <= self.idle_us <= _LONGEST_US and 0 <= self.delay_us <= _LONGEST_US
+        if not times or not 0 <= self.candidates <= MOST or any(not 1 <= size <= MOST for size in self.preferred):
+            raise InputError(
+                f"{self}: sizes and microseconds from 0, idle_us and preferred sizes from 1; sizes to {MOST}, "
+                f"microseconds to {_LONGEST_US}"
+            )
         if self.preferred and not self.candidates:
             raise InputError("preferred batches of sequences need `candidates`, the sequences that may be joined")
 
@@ -215,8 +230,8 @@ class RateLimit:
     """An instance of priority 2 runs half as often as one of priority 1."""
 
     def __post_init__(self) -> None:
-        if self.priority < 1 or any(resource.count < 1 for resource in self.resources):
-            raise InputError(f"{self}: counts and priorities are 1 or more")
+        if any(not 1 <= number <= MOST for number in (self.priority, *(each.count for each in self.resources))):
+            raise InputError(f"{self}: counts and priorities are 1 or more, at most {MOST}")
         if len({resource.name for resource in self.resources}) != len(self.resources):
             raise InputError(f"{self}: name each resource once")
 

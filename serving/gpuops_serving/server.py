@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
@@ -34,6 +35,15 @@ REFUSAL = "gpuops refuses to serve"
 _LOG_ERROR = re.compile(r"(?:E\d{4} (?!.*CudaDriverHelper)|error:).*?(?=\\n|$)")
 _LOG_REFUSAL = re.compile(rf"{REFUSAL}.*?(?=\\n|$)")
 _LOG_LINES, _LOG_WIDTH = 8, 400
+# Waits for a line, which says that all is well; the end of its input without one says that we died: then it ends the
+# server's process group and removes what that leaves.
+_WATCH = """
+read -r line && exit
+kill -s TERM -- "-$1"
+for _ in 1 2 3 4 5 6 7 8 9 10; do kill -s 0 -- "-$1" || break; sleep 1; done
+kill -s KILL -- "-$1"
+rm -rf -- "$2" /dev/shm/"$3"*
+"""
 _FLAGS = ("--http-port", "--grpc-port", "--metrics-port")
 
 
@@ -90,6 +100,7 @@ class TritonServer:
         self._flags = list(flags)
         self._id = f"gpuops-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
         self._version = ""
         self._cancelled = False  # not an Event: its lock is not reentrant, and `cancel` runs in a signal handler
@@ -168,6 +179,10 @@ class TritonServer:
             if process is not None:
                 _end(process)
         finally:
+            if self._watcher is not None:
+                with suppress(OSError):  # it was ended by someone else
+                    self._watcher.communicate(b"done\n")
+                self._watcher = None
             for region in Path("/dev/shm").glob(f"{self._id}*"):
                 region.unlink(missing_ok=True)
             if self._scratch is not None:
@@ -204,6 +219,13 @@ class TritonServer:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH, "sh", str(self._process.pid), str(self._scratch), self._id],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us
+        )
 
     def _open_log(self) -> IO[bytes]:
         path = self._log_path()

@@ -150,7 +150,10 @@ class Address:
         retries: int,
     ) -> Address:
         """Check and join what a client was given; see `Client`."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # half a bracket
+            parts = urlsplit("")
         try:
             complete = bool(parts.hostname and parts.port)
         except ValueError:  # a port that is no number

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from gpuops.bundle import GOLDEN, MANIFEST, PATTERNS, Golden, read_bundle, write_manifest
 from gpuops.errors import InputError, IntegrityError
+from gpuops.lineage.version import canonical_json
 from gpuops.spec import Signature, TensorSpec
 
 
@@ -122,6 +124,16 @@ def test_patterns_are_there_if_the_manifest_lists_them(bundle: Path) -> None:
     kept = read_bundle(bundle).patterns()
     assert kept is not None
     assert kept.outputs["y"].shape == (6, 3)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"sha256": "x"}', "sealed"])
+def test_a_manifest_that_is_none_is_refused(bundle: Path, text: str) -> None:
+    if text == "sealed":
+        manifest = {"schema": 1, "files": []}
+        text = json.dumps({**manifest, "sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()})
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(IntegrityError, match=r"changed after export|lists no files"):
+        read_bundle(bundle)
 
 
 def test_rows_and_places_of_golden_samples() -> None:

@@ -3,10 +3,12 @@
 import base64
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuops.bundle import GOLDEN, MANIFEST, Golden, write_manifest
-from gpuops.errors import InputError, IntegrityError
+from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops.signing import (
     PAYLOAD_TYPE,
     SIGNATURE,
@@ -280,6 +282,47 @@ def test_keys_are_made_once_and_the_private_one_is_its_owners(tmp_path: Path) ->
         with pytest.raises(InputError, match="never overwritten"):
             keygen(tmp_path / pair[0], tmp_path / pair[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.key", "a.pub"]
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file of this process can hold a byte, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("private", "public", "kind", "says"),
+    [
+        ("k", "k", InputError, "cannot be both keys"),
+        ("k", "missing/k.pub", InputError, "missing is no folder"),
+        ("missing/k", "k.pub", InputError, "missing is no folder"),
+        ("k", "x" * 300, UnavailableError, "could not be written"),
+    ],
+)
+def test_a_pair_of_keys_is_whole_or_not_there(
+    tmp_path: Path, private: str, public: str, kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        keygen(tmp_path / private, tmp_path / public)
+    with no_room(), pytest.raises(UnavailableError, match="could not be written"):
+        keygen(tmp_path / "full", tmp_path / "full.pub")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_the_signature_stays_the_old_one(signed: Path, keys: dict[str, Path]) -> None:
+    before = (signed / SIGNATURE).read_bytes()
+    with no_room(), pytest.raises(UnavailableError, match="could not be written"):
+        sign(signed, keys["other private"])
+    assert (signed / SIGNATURE).read_bytes() == before
+    verify(signed, [keys["our public"]])  # and nothing lies beside it
+    (signed / f".{SIGNATURE}.new").write_text("of a killed one")
+    sign(signed, keys["other private"])
+    verify(signed, [keys["other public"]])
 
 
 def test_what_is_no_key_is_named(signed: Path, keys: dict[str, Path], tmp_path: Path) -> None:

@@ -124,12 +124,11 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.repository = folder, deployed(folder)
-        self.server = TritonServer(self.repository, control=True)
         self.start()
 
     def start(self) -> None:
         """Start the server, or another one for the same repository."""
-        self.server = TritonServer(self.repository, control=True)
+        self.server = TritonServer(self.repository, control=True, log=self.folder / "triton.log")
         self.server.start()
         self.client = Client(self.server.grpc_url, access=self.server.access)
 

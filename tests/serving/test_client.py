@@ -164,7 +164,7 @@ def test_the_probe_passes_on_the_golden_answers_and_only_there(client: Client) -
 
 NO_SERVER = (
     *("localhost:8000", "ftp://h:1", "http://h", "http://h:x", "http://h:99999", "grpc://h:1/path", ""),
-    *("http://user:secret@h:1", "http://h:1?a=b", "http://h:1#a"),
+    *("http://user:secret@h:1", "http://h:1?a=b", "http://h:1#a", "http://[::1"),
 )
 
 

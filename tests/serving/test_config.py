@@ -310,6 +310,48 @@ def test_a_model_that_triton_would_refuse_is_refused(
         model_config("x", versions, signature, sample=None, options=options)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Options(instances=1025),
+        lambda: Options(threads=4097),
+        lambda: Options(threads=-1),
+        lambda: Options(ENSEMBLE, max_inflight=2**31, server_version="2.71.0"),
+        lambda: Options(server_version="newest"),
+        lambda: Options(tags={"team": "\ud800"}),
+        lambda: Queue(size=2**31),
+        lambda: Queue(timeout_us=2**63),
+        lambda: Batching((2**31,)),
+        lambda: Batching(delay_us=2**63),
+        lambda: Batching(queue_size=-1),
+        lambda: Batching(timeout_us=-1),
+        lambda: Batching(priorities=2**31, default_priority=1),
+        lambda: Sequences(idle_us=2**63),
+        lambda: Sequences(candidates=2**31),
+        lambda: RateLimit(priority=2**31),
+        lambda: RateLimit((Resource("decoder", 2**31),)),
+    ],
+)
+def test_what_a_configuration_cannot_hold_is_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(InputError, match=r"at most|sizes|server version|UTF-8|priority"):
+        make()
+
+
+def test_the_largest_values_can_be_written() -> None:
+    batching = Batching((), 2**63 - 1, 2**31 - 1, 2**63 - 1, priorities=2**31 - 1, default_priority=1)
+    limit = RateLimit((Resource("decoder", 2**31 - 1),), 2**31 - 1)
+    options = Options("onnxruntime", instances=1024, threads=4096, batching=batching, limit=limit)
+    assert options_of(own_config("x", SIGNATURE, options)) == options
+    sequences = Options(batching=Sequences(2**63 - 1, 2**31 - 1, (), 2**63 - 1))
+    assert options_of(own_config("x", SIGNATURE, sequences)) == sequences
+
+
+def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.pbtxt").write_bytes(b'name: "\xff"')
+    with pytest.raises(InputError, match="not a model configuration"):
+        read_config(tmp_path / "config.pbtxt")
+
+
 def test_a_typing_error_in_a_config_is_found_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "config.pbtxt").write_text('name: "x"\nmax_batchsize: 3\n')
     with pytest.raises(InputError, match=r"2:1.*max_batchsize"):

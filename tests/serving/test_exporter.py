@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tiny_bundle import deployed, golden
 
 from gpuops.energy.sensor import Count, Found, Vitals
-from gpuops.errors import UnavailableError
+from gpuops.errors import InputError, UnavailableError
 from gpuops_serving.client import Client
 from gpuops_serving.exporter import Exporter, Probed
 from gpuops_serving.metrics import ServerMeter
@@ -263,3 +263,6 @@ def test_a_port_that_is_taken_is_named() -> None:
         meter = ServerMeter(client, found=Found((), "no driver"))
         with pytest.raises(UnavailableError, match=f"port {taken.getsockname()[1]} .* name another"):
             Exporter(meter).serve(taken.getsockname()[1])
+        for port in (-1, 65536):
+            with pytest.raises(InputError, match="name one of 1 to 65535"):
+                Exporter(meter).serve(port)

@@ -164,7 +164,9 @@ class Transport:
 @given(st.lists(st.integers(1, 60), max_size=12), st.binary(max_size=80))
 @settings(max_examples=80, deadline=None)
 def test_an_answer_is_the_same_in_whatever_pieces_it_arrives(cuts: list[int], body: bytes) -> None:
-    answer = b"HTTP/1.1 200 OK\r\nX: y\r\nContent-LENGTH: %d\r\n\r\n" % len(body) + body
+    # As Triton answers: another header's name ends like that of the length.
+    head = b"HTTP/1.1 200 OK\r\nInference-Header-Content-Length: 1\r\nContent-LENGTH: %d\r\n\r\n"
+    answer = head % len(body) + body
 
     async def run() -> tuple[int, bytes, bytes]:
         connection = _Connection()
@@ -180,3 +182,22 @@ def test_an_answer_is_the_same_in_whatever_pieces_it_arrives(cuts: list[int], bo
     status, headers, found = asyncio.run(run())
     assert (status, found) == (200, body)
     assert b"content-length: " in headers
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"])
+def test_what_is_no_http_ends_the_request(answer: bytes) -> None:
+    async def run() -> None:
+        connection = _Connection()
+        connection.connection_made(Transport())  # type: ignore[arg-type]
+        asked = connection.ask(b"")
+        connection.data_received(answer)
+        assert connection.lost
+        await asked
+
+    with pytest.raises(ConnectionError, match="no HTTP answer"):
+        asyncio.run(run())
+
+
+def test_more_than_one_thread_can_send_is_refused() -> None:
+    with pytest.raises(InputError, match="run several"):
+        open_loop(HttpEndpoint("http://127.0.0.1:9"), [Shot(b"", lambda h, b: None)], rate_per_s=1e9, seconds=1)

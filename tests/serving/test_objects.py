@@ -266,12 +266,49 @@ def test_a_folder_that_is_there_is_replaced_only_on_request(repository: Path, tm
     assert [found.version for found in served_versions(tmp_path / "fetched")] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("store", "kind", "says"),
+    [
+        ("", InputError, "'' is no object store"),
+        ("file://", InputError, "names no folder"),
+        ("file:///", InputError, "names no folder"),
+        ("file:///proc/gpuops", UnavailableError, "cannot be used"),
+    ],
+)
+def test_a_place_in_which_nothing_can_be_published_is_named(
+    repository: Path, store: str, kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        publish_repository(repository, store)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_path_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = obstore.store.MemoryStore()
+    for call in (lambda: publish_repository("", store), lambda: fetch_repository(store, "", overwrite=True)):
+        with pytest.raises(InputError, match="is empty"):
+            call()
+
+
+def test_a_stray_pointer_is_named_with_what_helps(repository: Path) -> None:
+    store = obstore.store.MemoryStore()
+    publish_repository(repository, store)
+    last = {"schema": 1, "number": 99999999, "snapshot": "0" * 64, "models": {}}
+    for content in (b"stray", b"[" * 100_000, json.dumps(last).encode()):
+        obstore.put(store, "pointers/99999999.json", content)
+        with pytest.raises((InputError, IntegrityError), match=r"remove pointers/99999999\.json"):
+            publish_repository(repository, store)
+    obstore.delete(store, "pointers/99999999.json")
+    assert publish_repository(repository, store).number == 1
+
+
 def test_a_place_that_cannot_be_used_is_named(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="'ftp://x' is no object store"):
         publish_repository(repository, "ftp://x")
-    with pytest.raises(InputError, match="no object store"):
+    with pytest.raises(InputError, match="nowhere is no folder, so nothing was published there"):
         current(f"file://{tmp_path / 'nowhere'}")
     assert not (tmp_path / "nowhere").exists()  # looking makes no folder
     with pytest.raises(InputError, match="is not a model repository"):

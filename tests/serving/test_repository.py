@@ -36,7 +36,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def hidden(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.name.startswith(".")]
+    """What is unfinished; the configuration of a version that is not served on is kept."""
+    return [path for path in folder.rglob(".*") if not path.name.startswith(".served-")]
 
 
 def served(repository: Path) -> list[tuple[int, str]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from faulty import ANYTHING, GOLDEN, LIES, LIES_PROMOTED, REFUSES_PROMOTION, Asking, Model, Place, reseal, sabotaged
-from tiny_bundle import SIGNATURE
+from tiny_bundle import SIGNATURE, make_bundle
 
 from gpuops.errors import InputError, IntegrityError, UnavailableError
+from gpuops.lineage.ledger import Ledger
 from gpuops_serving.client import Client
 from gpuops_serving.compare import Limits
 from gpuops_serving.config import Options, options_of, read_config
@@ -69,6 +70,27 @@ def test_a_good_version_takes_over_and_the_one_before_stays_for_who_names_it(mod
     with pytest.raises(InputError, match="no version but 1"):
         roll_back(model.repository, model.name, model.client, ledger=model.ledger)
     model.serves(0.5, "1")
+
+
+def test_the_same_weights_with_a_larger_batch_are_another_version(model: Model) -> None:
+    signature = dataclasses.replace(SIGNATURE, max_batch=SIGNATURE.max_batch + 1)
+    bundle = reseal(make_bundle(model.folder / "larger", version_id="1" * 64), signature=signature.to_json())
+    made = model.rollout(bundle)
+    assert (made.promoted, made.version, made.version_id) == (True, 2, "1" * 64)
+    assert model.rollout(bundle).version == 2  # and now it serves already
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "m.candidate"])
+def test_a_name_that_leads_out_of_the_repository_is_refused_before_anything(tmp_path: Path, name: str) -> None:
+    (tmp_path / "models").mkdir()
+    bundle = make_bundle(tmp_path / "bundle")
+    with Client("grpc://127.0.0.1:9") as client, Ledger(tmp_path / "ledger.sqlite") as ledger:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match="model name"):
+            roll_back(tmp_path / "models", name, client, ledger=ledger)
+        with pytest.raises(InputError, match="model name"):
+            rollout(bundle, tmp_path / "models", client, ledger=ledger, name=name)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_version_that_cannot_be_loaded_changes_nothing(model: Model) -> None:

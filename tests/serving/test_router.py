@@ -337,11 +337,14 @@ def ask_direct(router: Router) -> str:
 
 
 def test_what_cannot_be_routed_is_named(route: Callable[..., Router]) -> None:
-    for url in ("grpc://127.0.0.1:8001", "127.0.0.1:8000"):
+    for url in ("grpc://127.0.0.1:8001", "127.0.0.1:8000", "http://[::1", "http://127.0.0.1:99999"):
         with pytest.raises(InputError, match="no HTTP server"):
             Router(url, STABLE, CANDIDATE)
     with pytest.raises(InputError, match=r"a share of 1\.5"):
         Router(NOWHERE, STABLE, CANDIDATE, share=1.5)
+    for port in (-1, 65536):
+        with pytest.raises(InputError, match="name one of 1 to 65535"):
+            Router(NOWHERE, STABLE, CANDIDATE, port=port)
     router = route()
     taken = int(router.url.rsplit(":", 1)[1])
     with pytest.raises(UnavailableError, match=f"port {taken} cannot be had"):

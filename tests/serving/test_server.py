@@ -271,6 +271,20 @@ def test_serve_ends_cleanly_on_a_signal(tmp_path: Path, number: signal.Signals, 
     assert leftovers(server_id) == []
 
 
+def test_a_killed_process_leaves_no_server_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVE, str(deployed(tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'serving'}"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server_id = process.stdout.readline().strip()
+        assert process.stdout.readline().startswith("http://")
+        process.kill()
+    deadline = time.monotonic() + 60
+    while leftovers(server_id) or processes(server_id):
+        assert time.monotonic() < deadline, (leftovers(server_id), processes(server_id))
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Every place that is searched, empty, in order of precedence."""
