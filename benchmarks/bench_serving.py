@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["small", "demo"], choices=["small", "demo"])
     parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY), help="requests under way")
     options = parser.parse_args()
-    rounds, seconds = (3, 0.6) if options.quick else (5, 1.0)
+    rounds, seconds = (3, 0.6) if options.quick else (5, 0.8)
     rows: list[Row] = []
     limits: dict[str, tuple[float, str]] = {}
     with tempfile.TemporaryDirectory(prefix="gpuops-bench-") as scratch, Progress() as progress:
@@ -68,7 +68,7 @@ def main() -> None:
             bundle = serving_models.make(model, Path(scratch) / model)
             bench = _Bench(bundle, Path(scratch), rounds, seconds, options.concurrency, progress)
             rows += bench.throughput(limits)
-            rows += bench.latency_bound(0.5 if options.quick else 3.0)
+            rows += bench.latency_bound(0.5 if options.quick else 2.0)
             rows += bench.client_overhead(200 if options.quick else 1000)
             rows += bench.lifecycle()
     harness.report(options.out, packages=PACKAGES, limits=limits, rows=rows)

@@ -49,7 +49,8 @@ from gpuops_serving.rollout_state import State, StateFile
 
 LOAD_TIMEOUT_S = 600.0
 """Longest wait for a model to load: a client's own timeout is for answers, and torch alone may need as long."""
-_LOOK_S = 0.2
+_LOOK_S = 0.05
+_BUSY = ("LOADING", "UNLOADING")
 BY_HAND = "rolled back by hand"
 
 
@@ -335,7 +336,7 @@ class _Rollout:
         try:
             self.client.load(model.name)
         except UnavailableError as error:  # it may only have taken longer than the client waits
-            self._wait_for_load(model.name)
+            self._settle(model.name)
             try:
                 read_back(self.client, model)
             except GpuopsError:
@@ -345,18 +346,23 @@ class _Rollout:
         prove(self.client, model)
 
     def _unload(self, name: str) -> None:
-        """Make the server drop a model, if it has it."""
+        """Make the server drop a model, if it has it; returns when it has.
+
+        Triton 2.51 can crash if one model's load fails while another one is still being unloaded.
+        """
         try:
             with suppress(InputError):  # it was never loaded
                 self.client.unload(name)
-        except UnavailableError:  # it answers when it has ended the model's processes; the order stands
+        except UnavailableError:  # it may only have taken longer than the client waits
             self.client.server_version()
+        self._settle(name)
 
-    def _wait_for_load(self, name: str) -> None:
-        """Return when a load that the client did not wait for has ended, or is not under way at all."""
+    def _settle(self, name: str) -> None:
+        """Return when a model is no longer being loaded or unloaded."""
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         while time.monotonic() < deadline:
-            if not any(state.name == name and state.state == "LOADING" for state in self.client.models()):
+            busy = [state for state in self.client.models() if state.name == name and state.state in _BUSY]
+            if not busy:
                 return
             time.sleep(_LOOK_S)
 

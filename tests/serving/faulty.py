@@ -132,6 +132,19 @@ class Place:
         self.server.start()
         self.client = Client(self.server.grpc_url, access=self.server.access)
 
+    def settle(self) -> None:
+        """Wait until nothing is loaded or unloaded any more.
+
+        Triton 2.51 sometimes crashes if one model's load fails while another one is being unloaded, as can be when a
+        rollout is killed and another one follows at once: about one time in a hundred.
+        """
+        over = threading.Event()
+        for _ in range(1200):
+            if not any(state.state.endswith("LOADING") for state in self.client.models()):
+                return
+            over.wait(0.05)
+        raise AssertionError("a model was loaded or unloaded for a minute")
+
     def close(self) -> None:
         self.client.close()
         self.server.stop()
@@ -187,6 +200,7 @@ class Model:
 
     def close(self) -> None:
         self.client.unload(self.name)
+        self.place.settle()
         shutil.rmtree(self.path, ignore_errors=True)
         self.ledger.close()
 

@@ -68,6 +68,7 @@ def test_a_good_version_is_promoted_once_whenever_its_rollout_is_killed(place: P
             first = run(model, bundle, kill)
             over = first["code"] == 0  # it saw fewer moments
             assert over or first["code"] == -signal.SIGKILL
+            place.settle()
             if not over:
                 assert run(model, bundle, 0)["code"] == 0
             model.serves(gain, str(number))
@@ -100,6 +101,7 @@ def test_a_bad_version_is_rejected_once_whenever_its_rollout_is_killed(
             first = run(model, bundle, kill, **options)
             over = first["code"] == 0
             assert over or first["code"] == -signal.SIGKILL
+            place.settle()
             if not (model.repository / f".rollout-{model.name}.json").exists() and len(events(model)) > verdicts:
                 verdicts += 1  # it had ended, so the next one is another rollout
             if not over:
