@@ -2,7 +2,8 @@
 
     curve       samples a second at batch sizes 1, 2, 4, ... the largest
     instances   the division of the cores (1, 2, 4, ... all) that answers the most samples a second at its best batch
-    preferred   the smallest batch that reaches `KNEE` of that: waiting for more brings latency and nothing else
+    preferred   the largest batch that reaches `KNEE` of that: an execution costs the server the same at any size, so
+                batches are limited only where larger ones are slower
 
 Measured with onnxruntime in this process, every instance in a thread of its own, all of them at the same time.
 """
@@ -24,7 +25,7 @@ from gpuops_serving.config import BACKENDS, Options
 from gpuops_serving.scheduling import Batching
 
 KNEE = 0.95
-"""Share of the best rate from which on a larger batch is not worth waiting for."""
+"""Share of the best rate that counts as reaching it."""
 MEASURED = ("python", "python-int8", "onnxruntime")
 """Backends whose models onnxruntime runs, so that what is measured here is what they will do."""
 _CELL_S = 0.15
@@ -40,7 +41,7 @@ class Tuning:
     threads: int
     """Threads of each."""
     preferred: int
-    """Batch size that is enough."""
+    """Batch size beyond which answers get slower."""
     rates: Mapping[str, Mapping[int, float]]
     """Samples a second by "<instances>x<threads>" and batch size."""
 
@@ -112,7 +113,7 @@ def require_measured(options: Options) -> None:
 
 
 def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
-    """The best division of the cores and its knee; on a tie (5 %) fewer instances, which need less memory.
+    """The best division of the cores and its largest good batch; on a tie (5 %) fewer instances, to save memory.
 
     Args:
         rates: Samples a second by "<instances>x<threads>" and batch size.
@@ -120,7 +121,7 @@ def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
     best = max(rate for row in rates.values() for rate in row.values())
     name = next(name for name, row in sorted(rates.items(), key=_instances) if max(row.values()) >= KNEE * best)
     row = rates[name]
-    preferred = next(size for size in sorted(row) if row[size] >= KNEE * max(row.values()))
+    preferred = max(size for size, rate in row.items() if rate >= KNEE * max(row.values()))
     instances, threads = map(int, name.split("x"))
     return Tuning(instances, threads, preferred, rates)
 

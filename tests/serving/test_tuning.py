@@ -34,11 +34,11 @@ def test_the_choice_is_near_the_best_and_no_smaller_one_is(rates: dict[str, dict
         if int(name.split("x")[0]) < made.instances:
             assert max(other.values()) < KNEE * best
     for size, rate in row.items():
-        if size < made.preferred:
+        if size > made.preferred:
             assert rate < KNEE * max(row.values())
 
 
-def test_a_batch_that_is_enough_limits_the_batcher_and_the_largest_does_not() -> None:
+def test_a_batch_beyond_which_it_gets_slower_limits_the_batcher_and_the_largest_does_not() -> None:
     options = Options(batching=Batching((2,), 300, 7, 9, priorities=2, default_priority=1), tags={"a": "b"})
     few = Tuning(2, 3, 4, {}).apply(options, 8)
     assert (few.instances, few.threads, few.tags) == (2, 3, {"a": "b"})
@@ -64,7 +64,7 @@ def test_every_division_of_many_cores_is_tried(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(room, "_rate", lambda runners, batch, size: float(len(runners)))
     made = tune(read_bundle(make_bundle(tmp_path / "bundle")), cores=6)
     assert list(made.rates) == ["1x6", "2x3", "4x1", "6x1"]
-    assert (made.instances, made.threads, made.preferred) == (6, 1, 1)
+    assert (made.instances, made.threads, made.preferred) == (6, 1, SIGNATURE.max_batch)
 
 
 def test_the_runners_run_at_the_same_time_and_are_counted_together() -> None:
