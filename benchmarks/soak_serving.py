@@ -96,8 +96,10 @@ class Soak:
         self.done(size)
 
     def watch(self) -> None:
-        """Look at the memory until all is over."""
-        while not self.over.wait(LOOK_S):
+        """Look at the memory at once, until all is over, and then."""
+        over = False
+        while not over:
+            over = self.over.wait(LOOK_S if self.memory_mb else 0)
             stubs = _stubs(self.server.pid)
             self.memory_mb.append((_rss_mb(self.server.pid), sum(map(_rss_mb, stubs))))
 

@@ -49,6 +49,8 @@ from gpuops_serving.rollout_state import State, StateFile
 
 LOAD_TIMEOUT_S = 600.0
 """Longest wait for a model to load: a client's own timeout is for answers, and torch alone may need as long."""
+DROP_TIMEOUT_S = 10.0
+"""Longest wait for the server to drop a model: Triton never drops one whose process has died."""
 _LOOK_S = 0.05
 _BUSY = ("LOADING", "UNLOADING")
 BY_HAND = "rolled back by hand"
@@ -336,7 +338,7 @@ class _Rollout:
         try:
             self.client.load(model.name)
         except UnavailableError as error:  # it may only have taken longer than the client waits
-            self._settle(model.name)
+            self._settled(model.name, LOAD_TIMEOUT_S)
             try:
                 read_back(self.client, model)
             except GpuopsError:
@@ -346,7 +348,7 @@ class _Rollout:
         prove(self.client, model)
 
     def _unload(self, name: str) -> None:
-        """Make the server drop a model, if it has it; returns when it has.
+        """Make the server drop a model, if it has it; returns when it has, or will not.
 
         Triton 2.51 can crash if one model's load fails while another one is still being unloaded.
         """
@@ -355,16 +357,17 @@ class _Rollout:
                 self.client.unload(name)
         except UnavailableError:  # it may only have taken longer than the client waits
             self.client.server_version()
-        self._settle(name)
+        if not self._settled(name, DROP_TIMEOUT_S):
+            self.say(f"the server does not let go of {name}, whose process may have died; it will when it is restarted")
 
-    def _settle(self, name: str) -> None:
-        """Return when a model is no longer being loaded or unloaded."""
-        deadline = time.monotonic() + LOAD_TIMEOUT_S
-        while time.monotonic() < deadline:
-            busy = [state for state in self.client.models() if state.name == name and state.state in _BUSY]
-            if not busy:
-                return
+    def _settled(self, name: str, timeout_s: float) -> bool:
+        """Whether a model is no longer being loaded or unloaded, at the latest after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while any(state.name == name and state.state in _BUSY for state in self.client.models()):
+            if time.monotonic() > deadline:
+                return False
             time.sleep(_LOOK_S)
+        return True
 
     def _rejected(self, state: State, error: GpuopsError) -> State:
         """The verdict that an error is, unless it is the server that is gone."""
