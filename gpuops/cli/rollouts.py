@@ -21,6 +21,7 @@ _DEFAULTS = {
     "gpu": False,
     "instances": None,
     "threads": None,
+    "micro_batch": None,
     "delay_us": 0,
     "queue_size": 0,
     "tag": [],

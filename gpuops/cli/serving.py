@@ -30,8 +30,9 @@ def deploy(
 
     options, tuning = serving_options(**how), None
     if tune:
-        if how["instances"] is not None or how["threads"] is not None:
-            raise InputError("--tune measures instances and threads: leave --instances and --threads out")
+        named = [key for key in ("instances", "threads", "micro_batch") if how[key] is not None]
+        if named:
+            raise InputError(f"--tune measures {', '.join(named)} itself: leave what names them out")
         opened = read_bundle(bundle)
         tuning = run_tune(opened, options=options, say=say)
         options = tuning.apply(options, opened.signature.max_batch)
@@ -135,6 +136,7 @@ def serving_options(
     gpu: bool,
     instances: int | None,
     threads: int | None,
+    micro_batch: int | None,
     delay_us: int,
     queue_size: int,
     tag: list[str],
@@ -151,6 +153,7 @@ def serving_options(
         gpu=gpu,
         instances=1 if instances is None else instances,
         threads=0 if threads is None else threads,
+        micro_batch=0 if micro_batch is None else micro_batch,
         batching=Batching(delay_us=delay_us, queue_size=queue_size),
         tags=tags,
         server_version=server_version,

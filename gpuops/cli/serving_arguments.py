@@ -69,6 +69,7 @@ def _how_served(sub: Any) -> None:
     flag(sub, "--gpu", "instances on GPUs rather than on the CPU")
     sub.add_argument("--instances", type=int, help="copies that run at the same time (on each GPU)")
     sub.add_argument("--threads", type=int, help="runtime threads of an instance; 0 is one a core")
+    sub.add_argument("--micro-batch", type=int, help="most samples given to the graph at once; 0 is the whole batch")
     sub.add_argument("--delay-us", type=int, default=0, help="longest wait for more requests to join a batch")
     sub.add_argument("--queue-size", type=int, default=0, help="requests that may wait; more are rejected; 0: no limit")
     sub.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help="label on the server's metrics")

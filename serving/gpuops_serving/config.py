@@ -31,6 +31,8 @@ SAMPLE = "gpuops.sample"
 """Model parameter that holds the manifest's "sample" as JSON: how a client cuts a sample out of its arrays."""
 THREADS = "gpuops.threads"
 """Model parameter that holds the number of runtime threads of an instance."""
+MICRO_BATCH = "gpuops.micro_batch"
+"""Model parameter that holds the most samples that the shim gives the graph at once."""
 FORMAT = "gpuops.format"
 """Model parameter that tells the shim which of the bundle's formats it runs."""
 TENSORS = "gpuops.tensors"
@@ -105,6 +107,9 @@ class Options:
     """Copies of the model that run at the same time (on each GPU)."""
     threads: int = 0
     """Runtime threads of an instance; 0 is one a core."""
+    micro_batch: int = 0
+    """Most samples that the shim gives the graph at once, where smaller ones are faster (they stay in the processor's
+    caches); 0 is the whole batch. Larger ones still cost the server less, so requests are joined as without it."""
     batching: Batching | Sequences = field(default_factory=Batching)
     """How requests are joined; sequences are for models that are no bundle (`own_config`)."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -122,12 +127,17 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError(f"backend {self.backend!r} is unknown; there are {', '.join(BACKENDS)}")
-        ranges = ((self.instances, 1, MOST_INSTANCES), (self.threads, 0, MOST_THREADS), (self.max_inflight, 0, MOST))
-        if any(not least <= number <= most for number, least, most in ranges):
-            raise InputError(
-                f"{self.instances} instances of {self.threads} threads, {self.max_inflight} in flight: at least 1, 0, 0"
-                f", at most {MOST_INSTANCES}, {MOST_THREADS}, {MOST}"
-            )
+        ranges = {
+            "instances": (self.instances, 1, MOST_INSTANCES),
+            "threads": (self.threads, 0, MOST_THREADS),
+            "micro_batch": (self.micro_batch, 0, MOST),
+            "max_inflight": (self.max_inflight, 0, MOST),
+        }
+        for name, (number, least, most) in ranges.items():
+            if not least <= number <= most:
+                raise InputError(f"{name} is {number}: give {least} to {most}")
+        if self.micro_batch and not self.runs_shim:
+            raise InputError(f"backend {self.backend!r} runs batches as they are: leave micro_batch")
         for text in (text for tag in self.tags.items() for text in tag):
             if text != text.encode(errors="ignore").decode():
                 raise InputError(f"tag {text!r} is not text that UTF-8 can write: name another")
@@ -240,6 +250,8 @@ def own_config(name: str, signature: Signature, options: Options, *, steps: Sequ
         config.response_cache.enable = True
     if how.threads and (options.threads or options.runs_shim):
         config.parameters[how.threads].string_value = str(options.threads)
+    if options.micro_batch:
+        config.parameters[MICRO_BATCH].string_value = str(options.micro_batch)
     for key, value in options.tags.items():
         config.metric_tags[key] = value
     return config
@@ -268,6 +280,7 @@ def options_of(config: Any, server_version: str = OLDEST_SERVER) -> Options:
         gpu=group is not None and group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU,
         instances=1 if group is None else group.count,
         threads=int(parameters.get(BACKENDS[backend].threads, "0")),
+        micro_batch=int(parameters.get(MICRO_BATCH, "0")),
         batching=Sequences.read(config) if sequences else Batching.read(config),
         tags=dict(config.metric_tags),
         server_version=server_version,

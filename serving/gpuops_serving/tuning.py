@@ -2,8 +2,9 @@
 
     curve       samples a second at batch sizes 1, 2, 4, ... the largest
     instances   the division of the cores (1, 2, 4, ... all) that answers the most samples a second at its best batch
-    preferred   the largest batch that reaches `KNEE` of that: an execution costs the server the same at any size, so
-                batches are limited only where larger ones are slower
+    micro_batch the smallest batch that reaches `NEAR` of that: what the graph is given at once. The server joins as
+                many requests as it has, since an execution costs it the same at any size, and the shim divides them.
+                Triton's own backends do not, so there the batch is limited, if larger ones are slower
 
 Measured with onnxruntime in this process, every instance in a thread of its own, all of them at the same time.
 """
@@ -25,7 +26,9 @@ from gpuops_serving.config import BACKENDS, Options
 from gpuops_serving.scheduling import Batching
 
 KNEE = 0.95
-"""Share of the best rate that counts as reaching it."""
+"""Share of the best rate that a division of the cores must reach, and a batch that need not be made smaller."""
+NEAR = 0.97
+"""Share of a division's best rate that a micro-batch must reach."""
 MEASURED = ("python", "python-int8", "onnxruntime")
 """Backends whose models onnxruntime runs, so that what is measured here is what they will do."""
 _CELL_S = 0.15
@@ -40,6 +43,8 @@ class Tuning:
     """Instances to run."""
     threads: int
     """Threads of each."""
+    micro_batch: int
+    """Smallest batch size that is about as fast as any."""
     preferred: int
     """Batch size beyond which answers get slower."""
     rates: Mapping[str, Mapping[int, float]]
@@ -51,7 +56,7 @@ class Tuning:
         return {**asdict(self), "rates": whole}
 
     def apply(self, options: Options, max_batch: int) -> Options:
-        """`options` with the measured numbers; batches are limited only where that is below the largest.
+        """`options` with the measured numbers; batches are limited only where there is no shim to divide them.
 
         Args:
             options: How the model is to be served otherwise.
@@ -62,9 +67,12 @@ class Tuning:
         """
         require_measured(options)
         assert isinstance(options.batching, Batching)
-        preferred = (self.preferred,) if self.preferred < max_batch else ()
-        batching = replace(options.batching, preferred=preferred)
-        return replace(options, instances=self.instances, threads=self.threads, batching=batching)
+        made = replace(options, instances=self.instances, threads=self.threads)
+        slower = self.preferred < max_batch
+        if options.runs_shim:
+            whole = replace(options.batching, preferred=())
+            return replace(made, micro_batch=self.micro_batch if slower else 0, batching=whole)
+        return replace(made, batching=replace(options.batching, preferred=(self.preferred,) if slower else ()))
 
 
 def tune(
@@ -113,7 +121,7 @@ def require_measured(options: Options) -> None:
 
 
 def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
-    """The best division of the cores and its largest good batch; on a tie (5 %) fewer instances, to save memory.
+    """The best division of the cores and its good batches; on a tie (5 %) fewer instances, to save memory.
 
     Args:
         rates: Samples a second by "<instances>x<threads>" and batch size.
@@ -121,9 +129,10 @@ def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
     best = max(rate for row in rates.values() for rate in row.values())
     name = next(name for name, row in sorted(rates.items(), key=_instances) if max(row.values()) >= KNEE * best)
     row = rates[name]
+    micro_batch = min(size for size, rate in row.items() if rate >= NEAR * max(row.values()))
     preferred = max(size for size, rate in row.items() if rate >= KNEE * max(row.values()))
     instances, threads = map(int, name.split("x"))
-    return Tuning(instances, threads, preferred, rates)
+    return Tuning(instances, threads, micro_batch, preferred, rates)
 
 
 def _instances(entry: tuple[str, object]) -> int:

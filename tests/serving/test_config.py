@@ -46,7 +46,7 @@ QUEUES = Batching(
 CASES: dict[str, dict[str, Options]] = {
     "2.51.0": {
         "python": Options(threads=2, tags={"team": "weather"}),
-        "python-int8": Options("python-int8", threads=2),
+        "python-int8": Options("python-int8", threads=2, micro_batch=4),
         "python-pt2": Options("python-pt2"),
         "python-aoti": Options("python-aoti", instances=2, threads=1),
         "onnxruntime": Options("onnxruntime", threads=4),
@@ -191,6 +191,7 @@ def all_options(draw: st.DrawFn, *, own: bool = False) -> Options:
         draw(st.booleans()),
         draw(st.integers(1, 9)),
         draw(st.integers(0, 9)) if BACKENDS[backend].threads else 0,
+        draw(st.integers(0, 9)) if BACKENDS[backend].backend == "python" else 0,
         batching,
         draw(st.dictionaries(st.sampled_from(["team", "site"]), st.text(max_size=5))),
         version,
@@ -262,8 +263,9 @@ def test_the_backends_own_tensor_names_stand_beside_the_signatures() -> None:
     ("make", "says"),
     [
         (lambda: Options("pytorch"), "'pytorch' is unknown; there are python"),
-        (lambda: Options(instances=0), "at least 1, 0, 0"),
-        (lambda: Options(threads=-1), "at least 1, 0, 0"),
+        (lambda: Options(instances=0), "instances is 0: give 1 to 1024"),
+        (lambda: Options(threads=-1), "threads is -1: give 0 to 4096"),
+        (lambda: Options("onnxruntime", micro_batch=2), "runs batches as they are: leave micro_batch"),
         (lambda: Options("torch_aoti"), r"2\.51\.0 has no .*torch_aoti.*26\.03 \(2\.67\.0\)"),
         (lambda: Options("torch_aoti", server_version="2.70.0"), r"no batches in torch_aoti.*26\.07"),
         (lambda: Options(max_inflight=1), r"no `max_inflight_requests`.*25\.11"),
@@ -333,7 +335,7 @@ def test_a_model_that_triton_would_refuse_is_refused(
     ],
 )
 def test_what_a_configuration_cannot_hold_is_refused(make: Callable[[], object]) -> None:
-    with pytest.raises(InputError, match=r"at most|sizes|server version|UTF-8|priority"):
+    with pytest.raises(InputError, match=r"give \d|at most|sizes|server version|UTF-8|priority"):
         make()
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 from tiny_bundle import deployed, golden, make_bundle
 
+from gpuops.bundle import read_bundle
 from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops_serving import binary as binary_room
 from gpuops_serving import server as server_room
 from gpuops_serving.binary import PIP_COMMAND, environment_for, find_tritonserver, lay_out_backends
 from gpuops_serving.client import Client
+from gpuops_serving.config import Options
 from gpuops_serving.repository import SHIM, deploy, served_versions
 from gpuops_serving.server import TritonServer
 
@@ -34,6 +36,25 @@ class TritonPythonModel:
         return [triton.InferenceResponse([triton.Tensor("y", np.ones((k, 1, 8, 8), np.float32))]) for k in n]
 """
 """As in every tutorial. Under NumPy 2 it answers with no bytes at all, and with success."""
+
+RECORDING = """
+
+class _Recording(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        graph = self.graph
+
+        def recorded(inputs):
+            with open({file!r}, "a") as file:
+                print(len(inputs["m"]), file=file)
+            return graph(inputs)
+
+        self.graph = recorded
+
+
+TritonPythonModel = _Recording
+"""
+"""Appended to our shim: the graph notes how many samples it is given."""
 
 
 def processes(text: str) -> list[str]:
@@ -96,7 +117,10 @@ def test_a_client_left_open_delays_the_end_but_does_not_prevent_it(tmp_path: Pat
 
 
 def test_only_loopback_is_bound(server: TritonServer) -> None:
-    inodes = {os.readlink(p)[8:-1] for p in Path(f"/proc/{server.pid}/fd").iterdir() if "socket:" in os.readlink(p)}
+    inodes = set()
+    for entry in Path(f"/proc/{server.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
     listening = []
     for table in ("tcp", "tcp6"):
         for row in Path(f"/proc/{server.pid}/net/{table}").read_text().splitlines()[1:]:
@@ -200,10 +224,24 @@ def test_the_empty_answers_of_a_naive_shim_under_numpy_2_are_found(tmp_path: Pat
 def test_our_shim_refuses_a_backend_whose_tensors_are_wrong(tmp_path: Path) -> None:
     repository = deployed(tmp_path)
     broken = SHIM.read_text().replace(
-        "triton.Tensor.from_dlpack(name, _Exported(array))", "triton.Tensor(name, array.ravel()[:1].repeat(array.size))"
+        "triton.Tensor.from_dlpack(name, capsule)", "triton.Tensor(name, array.ravel()[:1].repeat(array.size))"
     )
     (repository / "tiny" / "1" / "model.py").write_text(broken)
     assert_refused(TritonServer(repository), IntegrityError, "the DLPack round trip of uint8 is broken")
+
+
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(2, [2, 2, 1]), (3, [3, 2]), (4, [4, 1]), (9, [5])])
+def test_a_batch_goes_to_the_graph_in_micro_batches_and_its_answer_is_whole(
+    tmp_path: Path, micro_batch: int, sizes: list[int]
+) -> None:
+    deploy(make_bundle(tmp_path / "bundle"), tmp_path / "repository", options=Options(micro_batch=micro_batch))
+    shim = tmp_path / "repository" / "tiny" / "1" / "model.py"
+    shim.write_text(shim.read_text() + RECORDING.format(file=str(tmp_path / "sizes")))
+    golden = read_bundle(tmp_path / "bundle").golden().batch(5)
+    with TritonServer(tmp_path / "repository") as server, Client(server.http_url) as client:
+        (tmp_path / "sizes").unlink()  # those of the start
+        assert golden.max_abs_diff(client.infer("tiny", golden.inputs)) <= 1e-3
+    assert [int(line) for line in (tmp_path / "sizes").read_text().split()] == sizes
 
 
 def test_a_server_that_ends_at_once_is_reported_with_its_last_words(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gpuops.errors import InputError, UnavailableError
 from gpuops_serving import tuning as room
 from gpuops_serving.config import Options
 from gpuops_serving.scheduling import Batching
-from gpuops_serving.tuning import KNEE, Tuning, choose, tune
+from gpuops_serving.tuning import KNEE, NEAR, Tuning, choose, tune
 
 RATE = st.floats(1.0, 1e6)
 CURVE = st.dictionaries(st.sampled_from([1, 2, 4, 8, 16, 32]), RATE, min_size=1)
@@ -29,6 +30,7 @@ def test_the_choice_is_near_the_best_and_no_smaller_one_is(rates: dict[str, dict
     best = max(rate for row in rates.values() for rate in row.values())
     row = rates[f"{made.instances}x{made.threads}"]
     assert max(row.values()) >= KNEE * best
+    assert row[made.micro_batch] >= NEAR * max(row.values())
     assert row[made.preferred] >= KNEE * max(row.values())
     for name, other in rates.items():
         if int(name.split("x")[0]) < made.instances:
@@ -36,16 +38,22 @@ def test_the_choice_is_near_the_best_and_no_smaller_one_is(rates: dict[str, dict
     for size, rate in row.items():
         if size > made.preferred:
             assert rate < KNEE * max(row.values())
+        if size < made.micro_batch:
+            assert rate < NEAR * max(row.values())
 
 
-def test_a_batch_beyond_which_it_gets_slower_limits_the_batcher_and_the_largest_does_not() -> None:
-    options = Options(batching=Batching((2,), 300, 7, 9, priorities=2, default_priority=1), tags={"a": "b"})
-    few = Tuning(2, 3, 4, {}).apply(options, 8)
-    assert (few.instances, few.threads, few.tags) == (2, 3, {"a": "b"})
-    assert few.batching == Batching((4,), 300, 7, 9, priorities=2, default_priority=1)
-    all_of_them = Tuning(2, 3, 8, {}).apply(options, 8).batching
-    assert isinstance(all_of_them, Batching)
-    assert all_of_them.preferred == ()
+@pytest.mark.parametrize(
+    ("backend", "preferred", "micro_batch", "limit"),
+    [("python", 4, 2, ()), ("python", 8, 0, ()), ("onnxruntime", 4, 0, (4,)), ("onnxruntime", 8, 0, ())],
+)
+def test_batches_that_get_slower_are_divided_by_the_shim_and_limited_where_there_is_none(
+    backend: str, preferred: int, micro_batch: int, limit: tuple[int, ...]
+) -> None:
+    batching = Batching((2,), 300, 7, 9, priorities=2, default_priority=1)
+    options = Options(backend, batching=batching, tags={"a": "b"}, micro_batch=1 if backend == "python" else 0)
+    made = Tuning(2, 3, 2, preferred, {}).apply(options, 8)
+    assert (made.instances, made.threads, made.micro_batch, made.tags) == (2, 3, micro_batch, {"a": "b"})
+    assert made.batching == replace(batching, preferred=limit)
 
 
 def test_a_bundle_is_measured_at_every_batch_size_and_division_of_the_cores(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_what_onnxruntime_would_not_run_is_not_measured_with_it(tmp_path: Path, 
     with pytest.raises(InputError, match=says):
         tune(bundle, options=options)
     with pytest.raises(InputError, match=says):
-        Tuning(1, 1, 1, {}).apply(options, SIGNATURE.max_batch)
+        Tuning(1, 1, 1, 1, {}).apply(options, SIGNATURE.max_batch)
 
 
 def test_int8_is_measured_by_its_own_file(tmp_path: Path) -> None:

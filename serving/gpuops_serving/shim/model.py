@@ -31,33 +31,36 @@ RTOL = 1e-5  # as gpuops.bundle.RTOL, by which the bundle was proved
 FILES = {"onnx": "model.onnx", "int8": "model_int8.onnx", "pt2": "model.pt2", "aoti": "model_aoti.pt2"}
 
 
-class _Exported:
-    """An array as a DLPack producer that the stub can take.
+class _Given:
+    """A tensor of the python backend as NumPy asks for DLPack.
 
-    The stub renames the capsule and calls the tensor's deleter itself. NumPy's capsule destructor does not know the new
-    name and would print a traceback for every request, so it is taken off; nothing leaks, as the deleter still runs.
+    NumPy asks with arguments first, which the tensor does not take: the error that says so costs more than the rest.
     """
 
-    def __init__(self, array: Array) -> None:
-        self.array = array
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
 
-    def __dlpack__(self, stream: object = None, **unused: object) -> Any:
-        capsule = self.array.__dlpack__()
-        _set_destructor(capsule, None)
-        return capsule
+    def __dlpack__(self, **unused: object) -> Any:
+        return self.tensor.to_dlpack()
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (1, 0)  # kDLCPU
 
 
 def to_triton(name: str, array: Array) -> Any:
-    """Return `array` as a tensor of the python backend."""
-    return triton.Tensor.from_dlpack(name, _Exported(array))
+    """Return `array` as a tensor of the python backend.
+
+    The stub renames the capsule and calls the tensor's deleter itself. NumPy's capsule destructor does not know the new
+    name and would print a traceback for every request, so it is taken off; nothing leaks, as the deleter still runs.
+    """
+    capsule = array.__dlpack__()
+    _set_destructor(capsule, None)
+    return triton.Tensor.from_dlpack(name, capsule)
 
 
 def from_triton(tensor: Any) -> Array:
     """Return a tensor of the python backend as an array."""
-    return np.from_dlpack(tensor)
+    return np.from_dlpack(_Given(tensor))
 
 
 def open_onnx(path: Path, names: list[str], threads: int, gpu: int | None) -> Callable[[Arrays], list[Array]]:
@@ -120,6 +123,7 @@ class TritonPythonModel:
         file = FILES[parameters["gpuops.format"]]
         self.check_bytes(folder, file, manifest, version_id)
         threads = int(parameters["gpuops.threads"])
+        self.micro_batch = int(parameters.get("gpuops.micro_batch", 0)) or self.max_batch
         gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         if file.endswith(".onnx"):
             self.graph = open_onnx(folder / file, self.outputs, threads, gpu)
@@ -171,41 +175,55 @@ class TritonPythonModel:
         return ""
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Answer one batch of arrays by input name."""
-        return dict(zip(self.outputs, self.graph(inputs), strict=True))
+        """Answer one batch of arrays by input name, a micro-batch at a time."""
+        size = len(next(iter(inputs.values())))
+        if size <= self.micro_batch:
+            return dict(zip(self.outputs, self.graph(inputs), strict=True))
+        starts = range(0, size, self.micro_batch)
+        parts = [self.graph({name: a[at : at + self.micro_batch] for name, a in inputs.items()}) for at in starts]
+        return dict(zip(self.outputs, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer the requests of one dynamic batch with one run of the graph."""
+        """Answer the requests of one dynamic batch: whole requests together, as many as make a micro-batch."""
         responses: list[Any] = [None] * len(requests)
-        places, sizes = [], []
-        parts: dict[str, list[Array]] = {name: [] for name in self.inputs}
+        group: list[tuple[int, int, Arrays]] = []
+        samples = 0
         for place, request in enumerate(requests):
-            batch = {tensor.name(): from_triton(tensor) for tensor in request.inputs()}
-            size, *others = {len(array) for array in batch.values()}
+            inputs = {tensor.name(): from_triton(tensor) for tensor in request.inputs()}
+            size, *others = {len(array) for array in inputs.values()}
             if others or not 1 <= size <= self.max_batch:
                 responses[place] = failed(f"a request takes 1 to {self.max_batch} samples, as many in each input")
                 continue
-            places.append(place)
-            sizes.append(size)
-            for name, array in batch.items():
-                parts[name].append(array)
-        if not places:
-            return responses
+            if group and samples + size > self.micro_batch:
+                self.answer(group, responses)
+                group, samples = [], 0
+            group.append((place, size, inputs))
+            samples += size
+        if group:
+            self.answer(group, responses)
+        return responses
+
+    def answer(self, group: list[tuple[int, int, Arrays]], responses: list[Any]) -> None:
+        """Answer requests, each (place among the responses, samples, inputs), with one run of the graph."""
+        parts = [inputs for _, _, inputs in group]
         try:
-            answers = self.run({name: a[0] if len(a) == 1 else np.concatenate(a) for name, a in parts.items()})
+            answers = self.run(
+                parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in self.inputs}
+            )
         except Exception as error:
+            if len(group) == 1:
+                responses[group[0][0]] = failed(str(error))
+                return
             # Values can break a graph (an index out of range): find whose they were, and answer the others.
-            for place in places:
-                alone = len(places) == 1
-                responses[place] = failed(str(error)) if alone else self.execute([requests[place]])[0]
-            return responses
+            for one in group:
+                self.answer([one], responses)
+            return
         start = 0
-        for place, size in zip(places, sizes, strict=True):
+        for place, size, _ in group:
             end = start + size
             tensors = [to_triton(name, answer[start:end]) for name, answer in answers.items()]
             responses[place] = triton.InferenceResponse(tensors, **self.parameters)
             start = end
-        return responses
 
 
 def forget_bytecode(folder: Path) -> None:
