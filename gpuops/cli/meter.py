@@ -45,6 +45,8 @@ def meter(
                 print_json(report)
             else:
                 _print(report)
+                if trace is not None and report["trace"] != "used":
+                    say(f"the traces in {trace} were not used: {report['trace']}")
             return
         asked = None if repository is None else repository_probe(connection.client, repository)
         exporter = Exporter(server_meter, probe=asked, namespace=namespace)

@@ -14,6 +14,7 @@ import argparse
 import os
 import secrets
 import shlex
+import ssl
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +48,21 @@ class ServerTls:
     """Certificates that clients must be signed by, PEM; None asks clients for none."""
 
     def flags(self) -> list[str]:
-        """Flags of tritonserver; InputError if a file is missing."""
-        for file in (self.certificate, self.key, self.root):
-            if file is not None and not file.is_file():
+        """Flags of tritonserver; InputError if a file is missing or not what it should be, or the key is another's."""
+        files = [file for file in (self.certificate, self.key, self.root) if file is not None]
+        for file in files:
+            if not file.is_file():
                 raise InputError(f"TLS file {file} is not there: name PEM files")
+        try:  # as gRPC will, which says what is wrong in its own log lines only
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate, self.key, password="")  # none: gRPC takes no encrypted key
+            if self.root is not None:
+                context.load_verify_locations(self.root)
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise InputError(
+                f"TLS files {', '.join(map(str, files))} cannot be used ({error}): name PEM files, the certificate's own "
+                "key, not encrypted"
+            ) from error
         found = ["--grpc-use-ssl=1", f"--grpc-server-cert={self.certificate}", f"--grpc-server-key={self.key}"]
         return found if self.root is None else [*found, "--grpc-use-ssl-mutual=1", f"--grpc-root-cert={self.root}"]
 
