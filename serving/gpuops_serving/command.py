@@ -60,8 +60,8 @@ class ServerTls:
                 context.load_verify_locations(self.root)
         except (ssl.SSLError, OSError, ValueError) as error:
             raise InputError(
-                f"TLS files {', '.join(map(str, files))} cannot be used ({error}): name PEM files, the certificate's own "
-                "key, not encrypted"
+                f"TLS files {', '.join(map(str, files))} cannot be used ({error}): name PEM files, the certificate's "
+                "own key, not encrypted"
             ) from error
         found = ["--grpc-use-ssl=1", f"--grpc-server-cert={self.certificate}", f"--grpc-server-key={self.key}"]
         return found if self.root is None else [*found, "--grpc-use-ssl-mutual=1", f"--grpc-root-cert={self.root}"]

@@ -2,9 +2,9 @@
 
     curve       samples a second at batch sizes 1, 2, 4, ... the largest
     instances   the division of the cores (1, 2, 4, ... all) that answers the most samples a second at its best batch
-    micro_batch the smallest batch that reaches `NEAR` of that: what the graph is given at once. The server joins as
-                many requests as it has, since an execution costs it the same at any size, and the shim divides them.
-                Triton's own backends do not, so there the batch is limited, if larger ones are slower
+    best batch  the largest batch that reaches `NEAR` of that: what the graph is given at once. The server joins as many
+                requests as it has, since an execution costs it the same at any size, and the shim divides them into
+                micro-batches. Triton's own backends do not, so there the batch is limited
 
 Measured with onnxruntime in this process, every instance in a thread of its own, all of them at the same time.
 """
@@ -25,10 +25,8 @@ from gpuops.spec import Arrays
 from gpuops_serving.config import BACKENDS, Options
 from gpuops_serving.scheduling import Batching
 
-KNEE = 0.95
-"""Share of the best rate that a division of the cores must reach, and a batch that need not be made smaller."""
 NEAR = 0.97
-"""Share of a division's best rate that a micro-batch must reach."""
+"""Share of the best rate that is as good as the best."""
 MEASURED = ("python", "python-int8", "onnxruntime")
 """Backends whose models onnxruntime runs, so that what is measured here is what they will do."""
 _CELL_S = 0.15
@@ -43,9 +41,7 @@ class Tuning:
     """Instances to run."""
     threads: int
     """Threads of each."""
-    micro_batch: int
-    """Smallest batch size that is about as fast as any."""
-    preferred: int
+    best_batch: int
     """Batch size beyond which answers get slower."""
     rates: Mapping[str, Mapping[int, float]]
     """Samples a second by "<instances>x<threads>" and batch size."""
@@ -68,11 +64,10 @@ class Tuning:
         require_measured(options)
         assert isinstance(options.batching, Batching)
         made = replace(options, instances=self.instances, threads=self.threads)
-        slower = self.preferred < max_batch
+        best = self.best_batch if self.best_batch < max_batch else 0
         if options.runs_shim:
-            whole = replace(options.batching, preferred=())
-            return replace(made, micro_batch=self.micro_batch if slower else 0, batching=whole)
-        return replace(made, batching=replace(options.batching, preferred=(self.preferred,) if slower else ()))
+            return replace(made, micro_batch=best, batching=replace(options.batching, preferred=()))
+        return replace(made, batching=replace(options.batching, preferred=(best,) if best else ()))
 
 
 def tune(
@@ -121,18 +116,17 @@ def require_measured(options: Options) -> None:
 
 
 def choose(rates: Mapping[str, Mapping[int, float]]) -> Tuning:
-    """The best division of the cores and its good batches; on a tie (5 %) fewer instances, to save memory.
+    """The best division of the cores and its largest good batch; on a tie fewer instances, to save memory.
 
     Args:
         rates: Samples a second by "<instances>x<threads>" and batch size.
     """
     best = max(rate for row in rates.values() for rate in row.values())
-    name = next(name for name, row in sorted(rates.items(), key=_instances) if max(row.values()) >= KNEE * best)
+    name = next(name for name, row in sorted(rates.items(), key=_instances) if max(row.values()) >= NEAR * best)
     row = rates[name]
-    micro_batch = min(size for size, rate in row.items() if rate >= NEAR * max(row.values()))
-    preferred = max(size for size, rate in row.items() if rate >= KNEE * max(row.values()))
+    best_batch = max(size for size, rate in row.items() if rate >= NEAR * max(row.values()))
     instances, threads = map(int, name.split("x"))
-    return Tuning(instances, threads, micro_batch, preferred, rates)
+    return Tuning(instances, threads, best_batch, rates)
 
 
 def _instances(entry: tuple[str, object]) -> int:

@@ -82,7 +82,7 @@ def test_deploying_the_newest_again_changes_nothing_and_says_so(tmp_path: Path) 
 def test_other_options_serve_the_same_folder(tmp_path: Path) -> None:
     bundle, repository = make_bundle(tmp_path / "bundle"), tmp_path / "repository"
     before = tree(deploy(bundle, repository).path)
-    tuning = Tuning(2, 1, 2, 4, {"2x1": {4: 100.0}})
+    tuning = Tuning(2, 1, 2, {"2x1": {4: 100.0}})
     again = deploy(bundle, repository, options=tuning.apply(Options(), 5), tuning=tuning)
     assert (again.version, again.new, tree(again.path)) == (1, True, before)
     config = read_config(repository / "tiny" / "config.pbtxt")

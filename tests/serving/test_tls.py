@@ -288,7 +288,11 @@ def test_files_that_are_no_certificates_are_named_before_anything_is_sent(ours: 
         for url in ("https://127.0.0.1:9", "grpcs://127.0.0.1:9"):
             with pytest.raises(InputError, match=r"cannot be used.*name PEM files"):
                 Client(url, tls=Tls(*arguments))
-    for server in (ServerTls(certificate, other_key), ServerTls(tmp_path / "text.pem", key), ServerTls(certificate, key, tmp_path / "text.pem")):
+    for server in (
+        ServerTls(certificate, other_key),
+        ServerTls(tmp_path / "text.pem", key),
+        ServerTls(certificate, key, tmp_path / "text.pem"),
+    ):
         with pytest.raises(InputError, match=r"cannot be used.*not encrypted"):
             server.flags()
     with pytest.raises(InputError, match=r"plain text.*write https://"):

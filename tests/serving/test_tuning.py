@@ -17,7 +17,7 @@ from gpuops.errors import InputError, UnavailableError
 from gpuops_serving import tuning as room
 from gpuops_serving.config import Options
 from gpuops_serving.scheduling import Batching
-from gpuops_serving.tuning import KNEE, NEAR, Tuning, choose, tune
+from gpuops_serving.tuning import NEAR, Tuning, choose, tune
 
 RATE = st.floats(1.0, 1e6)
 CURVE = st.dictionaries(st.sampled_from([1, 2, 4, 8, 16, 32]), RATE, min_size=1)
@@ -29,29 +29,26 @@ def test_the_choice_is_near_the_best_and_no_smaller_one_is(rates: dict[str, dict
     made = choose(rates)
     best = max(rate for row in rates.values() for rate in row.values())
     row = rates[f"{made.instances}x{made.threads}"]
-    assert max(row.values()) >= KNEE * best
-    assert row[made.micro_batch] >= NEAR * max(row.values())
-    assert row[made.preferred] >= KNEE * max(row.values())
+    assert max(row.values()) >= NEAR * best
+    assert row[made.best_batch] >= NEAR * max(row.values())
     for name, other in rates.items():
         if int(name.split("x")[0]) < made.instances:
-            assert max(other.values()) < KNEE * best
+            assert max(other.values()) < NEAR * best
     for size, rate in row.items():
-        if size > made.preferred:
-            assert rate < KNEE * max(row.values())
-        if size < made.micro_batch:
+        if size > made.best_batch:
             assert rate < NEAR * max(row.values())
 
 
 @pytest.mark.parametrize(
-    ("backend", "preferred", "micro_batch", "limit"),
-    [("python", 4, 2, ()), ("python", 8, 0, ()), ("onnxruntime", 4, 0, (4,)), ("onnxruntime", 8, 0, ())],
+    ("backend", "best_batch", "micro_batch", "limit"),
+    [("python", 4, 4, ()), ("python", 8, 0, ()), ("onnxruntime", 4, 0, (4,)), ("onnxruntime", 8, 0, ())],
 )
 def test_batches_that_get_slower_are_divided_by_the_shim_and_limited_where_there_is_none(
-    backend: str, preferred: int, micro_batch: int, limit: tuple[int, ...]
+    backend: str, best_batch: int, micro_batch: int, limit: tuple[int, ...]
 ) -> None:
     batching = Batching((2,), 300, 7, 9, priorities=2, default_priority=1)
     options = Options(backend, batching=batching, tags={"a": "b"}, micro_batch=1 if backend == "python" else 0)
-    made = Tuning(2, 3, 2, preferred, {}).apply(options, 8)
+    made = Tuning(2, 3, best_batch, {}).apply(options, 8)
     assert (made.instances, made.threads, made.micro_batch, made.tags) == (2, 3, micro_batch, {"a": "b"})
     assert made.batching == replace(batching, preferred=limit)
 
@@ -72,7 +69,7 @@ def test_every_division_of_many_cores_is_tried(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(room, "_rate", lambda runners, batch, size: float(len(runners)))
     made = tune(read_bundle(make_bundle(tmp_path / "bundle")), cores=6)
     assert list(made.rates) == ["1x6", "2x3", "4x1", "6x1"]
-    assert (made.instances, made.threads, made.preferred) == (6, 1, SIGNATURE.max_batch)
+    assert (made.instances, made.threads, made.best_batch) == (6, 1, SIGNATURE.max_batch)
 
 
 def test_the_runners_run_at_the_same_time_and_are_counted_together() -> None:
@@ -116,7 +113,7 @@ def test_what_onnxruntime_would_not_run_is_not_measured_with_it(tmp_path: Path, 
     with pytest.raises(InputError, match=says):
         tune(bundle, options=options)
     with pytest.raises(InputError, match=says):
-        Tuning(1, 1, 1, 1, {}).apply(options, SIGNATURE.max_batch)
+        Tuning(1, 1, 1, {}).apply(options, SIGNATURE.max_batch)
 
 
 def test_int8_is_measured_by_its_own_file(tmp_path: Path) -> None:
