@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundle import golden, make_bundle
 
+from gpuops.bundle import Golden
 from gpuops.errors import InputError, UnavailableError
 from gpuops_serving.client import Client
 from gpuops_serving.config import Batching, Options
@@ -25,6 +26,8 @@ from gpuops_serving.load_wire import (
     HttpEndpoint,
     Shot,
     _Connection,
+    _http_answer,
+    compared,
     http_request,
     shots,
 )
@@ -196,6 +199,51 @@ def test_what_is_no_http_ends_the_request(answer: bytes) -> None:
 
     with pytest.raises(ConnectionError, match="no HTTP answer"):
         asyncio.run(run())
+
+
+Y, Z = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([[7], [9]], np.int16)
+
+
+def answer(*tensors: tuple[str, Any], binary: bool = True, cut: int = 0, **changed: Any) -> tuple[bytes, bytes]:
+    """Headers and body of an HTTP answer, its outputs in this order."""
+    entries = []
+    for name, array in tensors:
+        datatype = {"float32": "FP32", "int16": "INT16"}[str(array.dtype)]
+        entry = {"name": name, "datatype": datatype, "shape": array.shape}
+        entries.append(
+            entry | ({"parameters": {"binary_data_size": array.nbytes}} if binary else {"data": array.tolist()})
+        )
+    head = json.dumps({"model_name": "m", "outputs": [entry | changed for entry in entries]}).encode()
+    if not binary:
+        return b"", head
+    body = head + b"".join(array.tobytes() for _, array in tensors)
+    return b"\r\ninference-header-content-length: %d\r\n" % len(head), body[: len(body) - cut]
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (answer(("y", Y), ("z", Z)), None),
+        (answer(("z", Z), ("y", Y)), None),  # every output where its JSON says
+        (answer(("y", Y), ("z", Z), binary=False), None),
+        (answer(("z", Y), ("y", Z)), "a wrong answer"),
+        (answer(("y", Y), ("z", Z + 1)), "a wrong answer"),
+        (answer(("y", Y), ("q", Z)), "a wrong answer"),
+        (answer(("y", Y.reshape(3, 2)), ("z", Z)), "a wrong answer"),
+        (answer(("y", Y), ("z", Z), cut=1), "cannot be read"),
+        (answer(("y", Y), ("z", Z), parameters={}), "cannot be read"),
+        (answer(("y", Y), ("z", Z), datatype="BYTES"), "cannot be read"),
+        (answer(("y", Y), ("z", Z), shape="many"), "cannot be read"),
+        ((b"\r\ninference-header-content-length: 40\r\n", b"{" * 100), "cannot be read"),
+        ((b"", b"{" * 100), "cannot be read"),
+        ((b"", b""), "too few bytes"),
+    ],
+)
+def test_an_answer_is_read_as_its_header_says_or_not_at_all(found: tuple[bytes, bytes], says: str | None) -> None:
+    check = compared(Golden({}, {"y": Y, "z": Z}), 1e-3, _http_answer)
+    for _ in range(2):  # the second time the header has been read before
+        got = check(*found)
+        assert got is None if says is None else says in str(got)
 
 
 def test_more_than_one_thread_can_send_is_refused() -> None:
