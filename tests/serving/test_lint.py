@@ -16,7 +16,7 @@ from gpuops.errors import GpuopsError, InputError
 from gpuops_serving.client import Client
 from gpuops_serving.gates import MAY_2026
 from gpuops_serving.lint import lint
-from gpuops_serving.lint_rules import ERROR, RULES, Finding
+from gpuops_serving.lint.rules import ERROR, RULES, Finding
 from gpuops_serving.repository import deploy
 from gpuops_serving.server import TritonServer
 

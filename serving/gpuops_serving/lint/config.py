@@ -11,7 +11,7 @@ from tritonclient.grpc import model_config_pb2
 
 from gpuops_serving.config import ENSEMBLE
 from gpuops_serving.gates import FIELDS, GATES, supports
-from gpuops_serving.lint_rules import Finding, Model, Server, found
+from gpuops_serving.lint.rules import Finding, Model, Server, found
 from gpuops_serving.pbtxt import present, unknown
 
 _COMPLETING = ("onnxruntime", "tensorrt", "openvino", "tensorflow")

@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 from gpuops_serving.config import ENSEMBLE, WARMUP
 from gpuops_serving.gates import GATES, supports
-from gpuops_serving.lint_rules import Finding, Model, Server, found, other_folders, version_folders
+from gpuops_serving.lint.rules import Finding, Model, Server, found, other_folders, version_folders
 
 _BYTES = {
     "TYPE_BOOL": 1,

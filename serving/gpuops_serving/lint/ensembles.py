@@ -8,7 +8,7 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from gpuops_serving.config import ENSEMBLE
-from gpuops_serving.lint_rules import Finding, Model, found
+from gpuops_serving.lint.rules import Finding, Model, found
 
 _STEPS = ("ensemble_scheduling", "step")
 

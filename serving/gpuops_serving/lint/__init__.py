@@ -4,7 +4,7 @@
         print(finding.place, finding.severity, finding.code, finding.message)
 
 For any repository, ours or not, and any backend: nothing is run, and nothing but tritonclient's schema of config.pbtxt
-is needed. The codes and what they mean are `lint_rules.RULES`; docs/serving-repository.md lists them.
+is needed. The codes and what they mean are `lint.rules.RULES`; docs/serving-repository.md lists them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from gpuops.errors import InputError
 from gpuops_serving.gates import parse_version, security_warnings
-from gpuops_serving.lint_config import config_findings
-from gpuops_serving.lint_ensembles import ensemble_findings
-from gpuops_serving.lint_files import file_findings
-from gpuops_serving.lint_rules import Finding, Server, found, read_model
+from gpuops_serving.lint.config import config_findings
+from gpuops_serving.lint.ensembles import ensemble_findings
+from gpuops_serving.lint.files import file_findings
+from gpuops_serving.lint.rules import Finding, Server, found, read_model
 
 _ADDRESSES = ("--http-address", "--grpc-address", "--metrics-address")
 _SERVER = "tritonserver"
