@@ -6,7 +6,7 @@ Worth it for large samples. Servers from 26.04 (2.68) on allow it only with --al
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
+import time
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +24,9 @@ PREFIX = "gpuops-client-"
 """How our regions in /dev/shm are called."""
 _MARK = 4
 """Bytes of an answer's place that are written before each request and must be others after it."""
+
+_FORGET_S, _LOOK_S = 2.0, 0.002
+"""Longest wait for a server to forget a region, and between two words to do so."""
 
 
 class SharedMemory:
@@ -74,9 +77,21 @@ class SharedMemory:
             # A request that we no longer wait for may still be answered into the region: then the server keeps its
             # mapping until it ends, as it would crash without.
             if not self._lost:
-                with suppress(GpuopsError):  # a server that is gone has forgotten them, as has one that refused them
-                    self._client.call(region.deregistration())
+                self._forget(region)
             region.destroy()
+
+    def _forget(self, region: Region) -> None:
+        """Tell the server to forget a region. It refuses while it still puts away the request whose answer we have."""
+        deadline = time.monotonic() + _FORGET_S
+        while True:
+            try:
+                self._client.call(region.deregistration())
+                return
+            except GpuopsError as error:
+                # A server that is gone has forgotten it, as has one that never took it.
+                if "currently in use" not in str(error) or time.monotonic() > deadline:
+                    return
+            time.sleep(_LOOK_S)
 
     def infer(self, inputs: Arrays, version: str = "") -> dict[str, npt.NDArray[Any]]:
         """As `Client.infer`, for at most the model's largest batch; the answers are copies of what lies in the region.

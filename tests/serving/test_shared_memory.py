@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from gpuops.errors import InputError, IntegrityError, UnavailableError
 from gpuops_serving.client import Client
+from gpuops_serving.operations import Call
 from gpuops_serving.server import TritonServer
 from gpuops_serving.shared_memory import PREFIX, SharedMemory
 
@@ -53,6 +54,28 @@ def test_answers_are_those_without_shared_memory_at_every_batch_size(server: Tri
         assert regions() == []
         with pytest.raises(InputError, match="closed"):
             region.infer(GOLDEN.batch(1).inputs)
+
+
+class Busy(Client):
+    """To whom a server that still puts a request away refuses to forget each region once, as happens now and then."""
+
+    told = 0
+
+    def call(self, call: Call) -> Any:
+        if call.method.startswith("unregister"):
+            self.told += 1
+            if self.told % 2:
+                raise InputError("Cannot unregister shared memory region 'gpuops-client-1', it is currently in use.")
+        return super().call(call)
+
+
+def test_a_server_that_still_uses_a_region_is_told_again_to_forget_it(server: TritonServer) -> None:
+    with Busy(server.grpc_url) as client, SharedMemory(client, "tiny") as region:
+        region.infer(GOLDEN.batch(2).inputs)
+        assert PREFIX in Path(f"/proc/{server.pid}/maps").read_text()
+        region.close()
+    assert client.told == 6  # three regions
+    assert PREFIX not in Path(f"/proc/{server.pid}/maps").read_text()
 
 
 @pytest.mark.parametrize(
