@@ -149,6 +149,8 @@ def pytriton(bundle: Bundle) -> Iterator[Subject]:
             targets = triton_targets(f"http://127.0.0.1:{http}", f"grpc://127.0.0.1:{grpc}", bundle.name, bundle)
             wait_for_answer(targets["http"])
             yield Subject("pytriton", targets, root)
+        for region in Path("/dev/shm").glob(f"pytrtion{root}-*"):  # as it spells itself
+            region.unlink(missing_ok=True)
 
 
 def _interpreter(peer: str) -> str:
