@@ -6,7 +6,7 @@ same closed loop (gpuops_serving.load) in turn:
     gpuops        `gpuops deploy --tune`, the embedded tritonserver
     handwritten   a python-backend repository written by hand for the same graph and server, without any check; the best
                   of several divisions of the cores and batching delays, chosen on this machine before the rounds
-    bare          the same by hand, with the division and batching that gpuops chose: what the shim itself adds
+    bare          the same by hand, with the division of the cores that gpuops chose: what the shim adds
     null          as `bare`, but answers zeros: the floor of server, protocol and load
     fastapi, bentoml, pytriton    where $GPUOPS_PEERS has them (serving_peers.py); two workers each
     limit         onnxruntime alone in as many processes as there are cores, no server: the ceiling
@@ -46,7 +46,7 @@ from gpuops_serving.load import Load, closed_loop, open_loop
 from gpuops_serving.repository import deploy
 from gpuops_serving.rollout import roll_back, rollout
 from gpuops_serving.server import TritonServer
-from gpuops_serving.tuning import Tuning, tune
+from gpuops_serving.tuning import tune
 
 CONCURRENCY = (1, 8, 32, 64)
 DIVISIONS = ((1, 1, 0, 0), (1, 2, 0, 0), (2, 1, 0, 0), (1, 2, 8, 500), (2, 1, 8, 500), (1, 1, 16, 1000))
@@ -296,7 +296,7 @@ class _Bench:
 
     def _peers(self, stack: ExitStack) -> list[Subject]:
         made = [self._handwritten(stack)]
-        as_ours = _division(self.tuning)
+        as_ours = (self.tuning.instances, self.tuning.threads)
         starts: list[Callable[[], Any]] = [
             lambda: handwritten("bare", self.bundle, *as_ours),
             lambda: handwritten("null", self.bundle, *as_ours, null=True),
@@ -312,10 +312,6 @@ class _Bench:
             except Missing as missing:
                 self.progress.console.print(str(missing))
         return made
-
-
-def _division(tuning: Tuning) -> tuple[int, int, int, int]:
-    return tuning.instances, tuning.threads, 0, 0
 
 
 def onnxruntime_rate(bundle: Bundle, seconds: float) -> float:

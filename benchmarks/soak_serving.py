@@ -97,11 +97,15 @@ class Soak:
 
     def watch(self) -> None:
         """Look at the memory at once, until all is over, and then."""
-        over = False
-        while not over:
-            over = self.over.wait(LOOK_S if self.memory_mb else 0)
-            stubs = _stubs(self.server.pid)
-            self.memory_mb.append((_rss_mb(self.server.pid), sum(map(_rss_mb, stubs))))
+        self.look()
+        while not self.over.wait(LOOK_S):
+            self.look()
+        self.look()
+
+    def look(self) -> None:
+        """Memory of the server and of its stubs."""
+        stubs = _stubs(self.server.pid)
+        self.memory_mb.append((_rss_mb(self.server.pid), sum(map(_rss_mb, stubs))))
 
 
 def main() -> int:

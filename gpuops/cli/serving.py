@@ -30,9 +30,9 @@ def deploy(
 
     options, tuning = serving_options(**how), None
     if tune:
-        named = [key for key in ("instances", "threads", "micro_batch") if how[key] is not None]
-        if named:
-            raise InputError(f"--tune measures {', '.join(named)} itself: leave what names them out")
+        flags = {"instances": "--instances", "threads": "--threads", "micro_batch": "--micro-batch"}
+        if named := [flag for key, flag in flags.items() if how[key] is not None]:
+            raise InputError(f"--tune measures what {', '.join(named)} would set: leave {' and '.join(named)} out")
         opened = read_bundle(bundle)
         tuning = run_tune(opened, options=options, say=say)
         options = tuning.apply(options, opened.signature.max_batch)

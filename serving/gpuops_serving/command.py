@@ -14,14 +14,14 @@ import argparse
 import os
 import secrets
 import shlex
-import ssl
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuops.errors import GpuopsError, InputError
+from gpuops.errors import GpuopsError
 from gpuops_serving.repository import served_versions
+from gpuops_serving.wire import Tls
 
 HOST = "127.0.0.1"
 CONTAINER_IMAGE = "gpuops-serving"
@@ -49,20 +49,8 @@ class ServerTls:
 
     def flags(self) -> list[str]:
         """Flags of tritonserver; InputError if a file is missing or not what it should be, or the key is another's."""
-        files = [file for file in (self.certificate, self.key, self.root) if file is not None]
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"TLS file {file} is not there: name PEM files")
-        try:  # as gRPC will, which says what is wrong in its own log lines only
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.certificate, self.key, password="")  # none: gRPC takes no encrypted key
-            if self.root is not None:
-                context.load_verify_locations(self.root)
-        except (ssl.SSLError, OSError, ValueError) as error:
-            raise InputError(
-                f"TLS files {', '.join(map(str, files))} cannot be used ({error}): name PEM files, the certificate's "
-                "own key, not encrypted"
-            ) from error
+        # gRPC says what is wrong in its own log lines only, and takes no encrypted key.
+        Tls(self.root, self.certificate, self.key).context(password="")
         found = ["--grpc-use-ssl=1", f"--grpc-server-cert={self.certificate}", f"--grpc-server-key={self.key}"]
         return found if self.root is None else [*found, "--grpc-use-ssl-mutual=1", f"--grpc-root-cert={self.root}"]
 

@@ -135,7 +135,7 @@ class Options:
         }
         for name, (number, least, most) in ranges.items():
             if not least <= number <= most:
-                raise InputError(f"{name} is {number}: give {least} to {most}")
+                raise InputError(f"{name} is {number}: give at least {least}, at most {most}")
         if self.micro_batch and not self.runs_shim:
             raise InputError(f"backend {self.backend!r} runs batches as they are: leave micro_batch")
         for text in (text for tag in self.tags.items() for text in tag):

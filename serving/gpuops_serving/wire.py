@@ -90,8 +90,14 @@ class Tls:
             if file is not None and not file.is_file():
                 raise InputError(f"TLS file {file} is not there: name PEM files")
 
-    def context(self, create: Callable[..., ssl.SSLContext] = ssl.create_default_context) -> ssl.SSLContext:
-        """For HTTP; `create` makes one of another event loop's kind.
+    def context(
+        self, create: Callable[..., ssl.SSLContext] = ssl.create_default_context, password: str | None = None
+    ) -> ssl.SSLContext:
+        """For HTTP.
+
+        Args:
+            create: Makes a context of another event loop's kind.
+            password: Of an encrypted key; asked for if None.
 
         Raises:
             InputError: a file holds no certificate or key, or the key is of another certificate.
@@ -99,9 +105,12 @@ class Tls:
         try:
             context = create(cafile=None if self.root is None else str(self.root))
             if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key)
+                context.load_cert_chain(self.certificate, self.key, password)
         except ssl.SSLError as error:
-            raise InputError(f"TLS files {self._names()} cannot be used ({error}): name PEM files") from error
+            raise InputError(
+                f"TLS files {self._names()} cannot be used ({error}): name PEM files, the certificate's own key, not "
+                "encrypted"
+            ) from error
         return context
 
     def grpc(self) -> dict[str, Any]:

@@ -263,8 +263,8 @@ def test_the_backends_own_tensor_names_stand_beside_the_signatures() -> None:
     ("make", "says"),
     [
         (lambda: Options("pytorch"), "'pytorch' is unknown; there are python"),
-        (lambda: Options(instances=0), "instances is 0: give 1 to 1024"),
-        (lambda: Options(threads=-1), "threads is -1: give 0 to 4096"),
+        (lambda: Options(instances=0), "instances is 0: give at least 1, at most 1024"),
+        (lambda: Options(threads=-1), "threads is -1: give at least 0, at most 4096"),
         (lambda: Options("onnxruntime", micro_batch=2), "runs batches as they are: leave micro_batch"),
         (lambda: Options("torch_aoti"), r"2\.51\.0 has no .*torch_aoti.*26\.03 \(2\.67\.0\)"),
         (lambda: Options("torch_aoti", server_version="2.70.0"), r"no batches in torch_aoti.*26\.07"),
@@ -335,7 +335,7 @@ def test_a_model_that_triton_would_refuse_is_refused(
     ],
 )
 def test_what_a_configuration_cannot_hold_is_refused(make: Callable[[], object]) -> None:
-    with pytest.raises(InputError, match=r"give \d|at most|sizes|server version|UTF-8|priority"):
+    with pytest.raises(InputError, match=r"at most|sizes|server version|UTF-8|priority"):
         make()
 
 

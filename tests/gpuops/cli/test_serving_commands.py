@@ -205,7 +205,7 @@ def test_a_container_command_is_printed(served: Served) -> None:
         (("rollback", "m", "r", "--access", "gone"), "holds no key"),
         (("compare", "m", "m:2"), "MODEL:VERSION"),
         (("compare", "m:1", "m:2", "--requests", "gone.npz"), "holds no inputs"),
-        (("deploy", "b", "r", "--tune", "--threads", "1"), "measures threads itself"),
+        (("deploy", "b", "r", "--tune", "--threads", "1"), "leave --threads out"),
         (("deploy", "b", "r", "--tag", "x"), "KEY=VALUE"),
         (("deploy", "b", "r", "--backend", "java"), "there are python"),
         (("bench", "serve", "m", "--server", "https://127.0.0.1:1"), "plain text"),
