@@ -13,6 +13,7 @@ from tests.gpuops.energy.conftest import environment, library  # noqa: F401  the
 SCRIPT = """
 import json, os, sys, time, warnings
 warnings.simplefilter("ignore")
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 import gpuops as go
@@ -32,6 +33,7 @@ trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", ca
                   logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                   default_root_dir=sys.argv[1], limit_train_batches=40, limit_val_batches=10)
 trainer.fit(Slow())
+torch.distributed.destroy_process_group()  # else gloo's threads may outlive the interpreter, which then aborts
 """
 
 
